@@ -1,0 +1,61 @@
+"""Pass: one transformation of a model, its own configuration and its own line in the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from compress.model import Model
+from compress.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from compress.data import Data
+    from compress.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a pass may use. Nothing is global.
+
+    Attributes:
+        target: where the result will run.
+        original: the model as it was loaded: baseline and teacher.
+        calibration: unlabelled data for ranges, or None.
+        seed: of everything random.
+        progress: opens a tracker for each long step.
+        cache: folder for statistics that can be computed again, or None.
+    """
+
+    target: Target
+    original: Model
+    calibration: Data | None = None
+    seed: int = 0
+    progress: Progress = silent
+    cache: Path | None = None
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Literal["torch", "onnx"]]
+
+    def check(self, model: Model, target: Target) -> None:
+        """Refuse before any work.
+
+        Raises:
+            UnsupportedError: the target lacks what this pass needs.
+        """
+
+    def apply(self, model: Model, context: Context) -> Model:
+        """The transformed model. The pass owns `model` and may change it in place."""
+
+
+def options(step: Pass) -> dict[str, Any]:
+    """The fields of a pass as plain values, for recipes and reports."""
+    if not dataclasses.is_dataclass(step):
+        raise TypeError(f"Pass {type(step).__name__} must be a frozen dataclass.")
+    return {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}

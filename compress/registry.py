@@ -1,0 +1,72 @@
+"""Targets and passes by name, through entry points: ours are found exactly as a third party's.
+
+Nothing is imported until it is asked for by name, so a broken plug-in fails only for those
+who use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, cast
+
+from compress.errors import CompressError, UsageError
+from compress.passes import Pass
+from compress.target import Target
+
+Group = Literal["compress.targets", "compress.passes"]
+
+
+def available(group: Group) -> dict[str, EntryPoint]:
+    """Every registered name of a group.
+
+    Raises:
+        CompressError: two distributions provide the same name; both are named.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group=group), key=lambda point: point.name):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise CompressError(
+                f"{point.name!r} is provided twice in {group}: by {other.value} "
+                f"({_owner(other)}) and by {point.value} ({_owner(point)}). Uninstall one of them."
+            )
+    return found
+
+
+def create_target(name: str, **options: Any) -> Target:
+    """The target called `name`, with its dataclass fields set from `options`."""
+    return cast("Target", _create("compress.targets", "target", name, options))
+
+
+def create_pass(name: str, **options: Any) -> Pass:
+    """The pass called `name`, with its dataclass fields set from `options`."""
+    return cast("Pass", _create("compress.passes", "pass", name, options))
+
+
+def _create(group: Group, noun: str, name: str, options: dict[str, Any]) -> object:
+    found = available(group)
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(
+            f"There is no {noun} called {name!r}.{hint} Installed: {', '.join(found) or 'none'}."
+        )
+    factory = found[name].load()
+    try:
+        return cast("object", factory(**options))
+    except TypeError as error:
+        import dataclasses
+
+        known = [f.name for f in dataclasses.fields(factory)]
+        unknown = sorted(set(options) - set(known))
+        if not unknown:
+            raise
+        raise UsageError(
+            f"The {noun} {name!r} has no option {', '.join(unknown)}; "
+            f"it has {', '.join(known) or 'none'}."
+        ) from error
+
+
+def _owner(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown distribution"

@@ -1,0 +1,162 @@
+"""Target and Engine: where a model runs, and the model built for it.
+
+Protocols, not base classes: a third party needs nothing of ours to write one. Pause before
+adding a method; profiling and prediction are functions over a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from compress.model import Arrays, Model, TensorSpec
+
+Role = Literal[
+    "matmul", "elementwise", "unary", "pool", "concat", "same_scale", "integer", "activation"
+]
+"""What quantization does to an operator:
+
+matmul       multiply-accumulate with a weight or between two activations; int8 kernel
+elementwise  two activations in, one out (Add, Mul); int8 kernel with three scales
+unary        one activation in, one out, own output scale (Sigmoid, LeakyRelu)
+pool         as unary, but an average: the output scale is its own
+concat       all inputs and the output share one scale
+same_scale   moves values without changing them, fused between DQ and Q by the runtime
+integer      the same, but the runtime does not fuse it: it is emitted on the integer tensor
+activation   folded into the producer's output quantization when the range allows (Relu, Clip)
+"""
+
+
+@dataclass(frozen=True)
+class FusablePattern:
+    """One operator that the runtime executes in int8, and how it must be dressed in Q/DQ.
+
+    Attributes:
+        op: ONNX operator type.
+        role: see `Role`.
+        source: where the fact is from.
+        float_output: the int8 kernel can write float32, so the output may stay unquantized.
+        max_rank: largest rank of the first input that the kernel takes; None where any.
+    """
+
+    op: str
+    role: Role
+    source: str
+    float_output: bool = False
+    max_rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Facts about one target on one machine. Passes read these and nothing else about it.
+
+    Attributes:
+        source: where the facts are from.
+        opset: ONNX opset to export to.
+        precisions: what the target can execute, e.g. ("float32", "int8").
+        activation: integer type of activations that the int8 kernels are fast with.
+        weight: integer type of weights.
+        reduced_weights: weights use 7 of 8 bits, so that int16 accumulation cannot saturate.
+        per_channel: weights may have one scale per output channel.
+        int8_dot_product: the machine has an int8 dot-product instruction.
+        patterns: operators that run in int8.
+        notes: sentences for the user before work starts.
+    """
+
+    source: str
+    opset: int
+    precisions: tuple[str, ...]
+    activation: Literal["uint8", "int8"] = "uint8"
+    weight: Literal["int8"] = "int8"
+    reduced_weights: bool = False
+    per_channel: bool = True
+    int8_dot_product: bool = True
+    patterns: tuple[FusablePattern, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def pattern(self, op: str) -> FusablePattern | None:
+        """The pattern of one operator type, or None where it stays float."""
+        return next((pattern for pattern in self.patterns if pattern.op == op), None)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a target can be used here; if not, why and what to install."""
+
+    available: bool
+    reason: str = ""
+    install: str = ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a built engine, after the runtime's own fusions.
+
+    Attributes:
+        name: the runtime's name.
+        op_type: the runtime's operator, e.g. "QLinearConv".
+        precision: "float32", "int8", "move" (layout or shape only) or "convert" (Q, DQ, casts).
+        site: name of the site that it executes, or "" for what the runtime inserted.
+    """
+
+    name: str
+    op_type: str
+    precision: str
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Time of one kernel: median over runs, in microseconds, under the runtime's profiler."""
+
+    kernel: Kernel
+    p50_us: float
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A model built for a target. Synchronous: a call returns when the outputs are ready."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Run once. Arrays by name in, arrays by name out."""
+
+    def save(self, directory: Path) -> list[Path]:
+        """Write what the runtime needs into `directory`; the files written."""
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """What the runtime made of the model, in order of execution."""
+
+    def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
+        """Time per kernel, in order of execution; empty where the runtime has no profiler."""
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Where an artifact runs. Its dataclass fields are its options."""
+
+    name: str
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Facts about this target on this machine."""
+
+    def check(self) -> Check:
+        """Whether it can be used here; cheap, never raises."""
+
+    def build(self, model: Model) -> Engine:
+        """An engine from a model at the ONNX stage.
+
+        Raises:
+            EngineError: the runtime refuses the model.
+        """
+
+    def load(self, directory: Path) -> Engine:
+        """The engine that `Engine.save` wrote into `directory`."""
