@@ -1,0 +1,188 @@
+"""The directory a run leaves behind: written as a whole or not at all, loaded and run again."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compress.errors import LoadError, OutputError
+from compress.registry import create_target
+from compress.target import Engine
+
+REPORT = "report.json"
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Find out before any work whether the artifact can be written.
+
+    Raises:
+        OutputError: it exists, or its parent cannot be written.
+    """
+    if directory.exists() and not overwrite:
+        raise OutputError(
+            f"{directory} exists already. Give another --out, or --force to replace it."
+        )
+    if directory.exists() and not (directory / REPORT).is_file():
+        content = list(directory.iterdir()) if directory.is_dir() else [directory]
+        if content:
+            raise OutputError(
+                f"{directory} exists and is no artifact of this tool (it has no {REPORT}), so "
+                f"--force does not replace it. Give another --out."
+            )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory.parent):
+            pass
+    except OSError as error:
+        raise OutputError(_explain(directory, error)) from error
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[Path]:
+    """A temporary sibling to write into; it becomes `directory` when the block ends well.
+
+    An existing artifact stays whole until the new one is complete. When the block fails, or is
+    interrupted, the temporary directory is removed.
+
+    Raises:
+        OutputError: the file system refuses (full, read-only, gone).
+    """
+    temporary = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        temporary.chmod(0o755)
+        _swap(temporary, directory)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(_explain(directory, error)) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, directory: Path) -> None:
+    if not directory.exists():
+        temporary.rename(directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    directory.rename(old / "artifact")
+    try:
+        temporary.rename(directory)
+    except OSError:
+        (old / "artifact").rename(directory)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _explain(directory: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(_existing(directory)).free
+        return (
+            f"The disk is full: {directory} could not be written ({free / 1e6:.0f} MB free). "
+            f"Nothing was left behind; free some space or give another --out."
+        )
+    reason = error.strerror or str(error)
+    return f"{directory} cannot be written: {reason}. Give another --out."
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text."""
+    path.write_text(text, encoding="utf-8")
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """`report.json` of an artifact.
+
+    Raises:
+        LoadError: the directory is no artifact, or a newer one.
+    """
+    from compress.report import SCHEMA_VERSION
+
+    path = directory / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        version = report["schema_version"]
+    except OSError as error:
+        raise LoadError(
+            f"{directory} is no artifact: it has no readable {REPORT}. Give a directory that "
+            f"`compress run` wrote."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{path} is damaged: {error}. Run `compress run` again.") from error
+    if version != SCHEMA_VERSION:
+        raise LoadError(
+            f"{path} has schema version {version} and this release reads {SCHEMA_VERSION}; "
+            f"install the hwcompress release that wrote it."
+        )
+    return dict(report)
+
+
+def load(directory: Path | str, *, threads: int | None = None) -> Engine:
+    """The engine of an artifact: call it with arrays by name, get arrays by name.
+
+    Args:
+        directory: what `compress run` wrote.
+        threads: of one operator; None takes what the run was measured with.
+
+    Raises:
+        LoadError: the directory is no artifact, or a file was changed since.
+    """
+    directory = Path(directory)
+    report = read_report(directory)
+    for name, expected in report["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise LoadError(f"{directory} is incomplete: {name} is missing. Copy it again.")
+        if sha256_file(path) != expected:
+            raise LoadError(
+                f"{path} is not what was written: its sha256 differs from {REPORT}. Copy the "
+                f"artifact again, or run `compress run` again."
+            )
+    target = report["target"]
+    settings = dict(target["options"])
+    if threads is not None:
+        settings["threads"] = threads
+    return create_target(target["name"], **settings).load(directory)
+
+
+def open_engine(path: Path | str, *, target: str = "cpu", threads: int | None = None) -> Engine:
+    """An engine from an artifact directory or from any model file (then in float as it is)."""
+    path = Path(path)
+    if path.is_dir():
+        return load(path, threads=threads)
+    from compress.export import to_onnx
+    from compress.loading import load as load_model
+
+    built = create_target(target, threads=threads)
+    return built.build(to_onnx(load_model(path), built.capabilities.opset))

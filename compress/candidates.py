@@ -1,0 +1,272 @@
+"""Build the candidates, measure them on the target, and choose: never worse than what came in."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.data import Data
+from compress.errors import UsageError
+from compress.graph import Site
+from compress.latency import measure
+from compress.fidelity import fidelity
+from compress.max_drop import MaxDrop, parse_max_drop
+from compress.metrics import Evaluator, Score, paired_drop
+from compress.model import Arrays, Model
+from compress.progress import Progress
+from compress.report import Candidate
+from compress.target import Engine, Kernel, Target
+
+DEFAULT_MAX_DROP = "1%"
+FLOAT = "float32"
+FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The budget.
+
+    Attributes:
+        max_drop: largest loss of the evaluation; None where nothing is evaluated.
+        min_speedup: smallest speed-up over the original; None asks only for faster.
+    """
+
+    max_drop: MaxDrop | None
+    min_speedup: float | None
+
+    @classmethod
+    def parse(
+        cls, max_drop: str | float | None, min_speedup: float | None, evaluated: bool
+    ) -> Limits:
+        """Read the options.
+
+        Raises:
+            UsageError: one of them makes no sense, or a drop is limited and not measured.
+        """
+        if max_drop is not None and not evaluated:
+            raise UsageError(
+                f"--max-drop {max_drop} needs something to measure the drop with: give "
+                f"--eval data.npz or --eval module:function."
+            )
+        if min_speedup is not None and not 0 < min_speedup < 1000:
+            raise UsageError(f"--min-speedup {min_speedup} is no factor; 1.5 means 1.5 times.")
+        limit = parse_max_drop(max_drop or DEFAULT_MAX_DROP) if evaluated else None
+        return cls(limit, min_speedup)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        limit = str(self.max_drop) if self.max_drop is not None else None
+        return {"max_drop": limit, "min_speedup": self.min_speedup}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A candidate with the engine that was measured."""
+
+    candidate: Candidate
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All candidates, the original first, and what the runtime did with each site."""
+
+    all: tuple[Built, ...]
+    site_rows: tuple[Mapping[str, Any], ...]
+    latency: Mapping[str, Any]
+
+    def built(self, name: str) -> Built:
+        """The candidate of that name."""
+        return next(one for one in self.all if one.candidate.name == name)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which candidate becomes the artifact, whether the budget is met, and why in words."""
+
+    chosen: str
+    met: bool
+    sentences: tuple[str, ...]
+
+
+def measure_candidates(
+    target: Target,
+    original: Model,
+    compressed: Model,
+    sites: Sequence[Site],
+    *,
+    data: Data | None,
+    evaluator: Evaluator | None,
+    limits: Limits,
+    seconds: float,
+    seed: int,
+    progress: Progress,
+) -> Measured:
+    """Accuracy and fidelity in the target's runtime, then latency interleaved."""
+    name = "int8" if any(step.name == "quantize" for step in compressed.history) else "rewritten"
+    engines = {FLOAT: target.build(original), name: target.build(compressed)}
+    before = evaluator(engines[FLOAT], progress) if evaluator else None
+    after = evaluator(engines[name], progress) if evaluator else None
+    samples = data or (evaluator.data if evaluator else None)
+    source = "calibration data" if data else "evaluation data"
+    agreement = fidelity(
+        engines[FLOAT], engines[name], samples, source=source, seed=seed, progress=progress
+    )
+    batch = _one_batch(original, data or (evaluator.data if evaluator else None))
+    comparison = measure(
+        {label: _call(engine, batch) for label, engine in engines.items()},
+        seconds=seconds,
+        seed=seed,
+        progress=progress,
+    )
+    kernels = {label: engine.kernels() for label, engine in engines.items()}
+    built = []
+    for label, engine in engines.items():
+        ratio = comparison.ratios.get(label)
+        score = before if label == FLOAT else after
+        built.append(
+            Built(
+                Candidate(
+                    name=label,
+                    size_bytes=_size(engine),
+                    timing=dataclasses.asdict(comparison.timings[label]),
+                    speedup=dataclasses.asdict(ratio) if ratio is not None else None,
+                    score=_score(score),
+                    drop=_drop(before, score) if label != FLOAT else None,
+                    fidelity=agreement.to_dict() if label != FLOAT else None,
+                    int8_macs=int8_share(kernels[label], sites),
+                    allowed=label == FLOAT or _allowed(before, after, limits),
+                ),
+                engine,
+            )
+        )
+    latency = {
+        "batch": len(next(iter(batch.values()))) if original.inputs[0].shape else 1,
+        "threads": getattr(target, "threads", None) or "all",
+        "rounds": comparison.rounds,
+        "seconds": comparison.seconds,
+        "notes": list(comparison.notes),
+    }
+    return Measured(tuple(built), site_rows(sites, kernels[name], _reasons(compressed)), latency)
+
+
+def choose(measured: Measured, limits: Limits) -> Decision:
+    """The fastest allowed candidate; the original where none is faster with confidence."""
+    best, sentences = FLOAT, []
+    for one in measured.all[1:]:
+        candidate, ratio = one.candidate, one.candidate.speedup
+        faster = ratio is not None and ratio["verdict"] == "faster"
+        sentences.append(_sentence(candidate, faster))
+        if faster and candidate.allowed:
+            best = candidate.name
+    chosen = measured.built(best).candidate
+    speed = float(chosen.speedup["low"]) if chosen.speedup else 1.0
+    met = best != FLOAT and speed >= (limits.min_speedup or 0)
+    if best == FLOAT:
+        sentences.append("The artifact is the original float32 model: no candidate is better.")
+    elif not met:
+        sentences.append(
+            f"Budget not met: --min-speedup {limits.min_speedup:g} is not within reach with "
+            f"confidence; the best measured is {chosen.speedup['value']:.2f}x "  # type: ignore[index]
+            f"(at least {speed:.2f}x). The artifact is that best."
+        )
+    return Decision(best, met, tuple(sentences))
+
+
+def _sentence(candidate: Candidate, faster: bool) -> str:
+    ratio = candidate.speedup or {"value": 1.0, "low": 1.0, "high": 1.0, "verdict": "cannot tell"}
+    interval = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    speed = {
+        "faster": f"is {interval} as fast as the original",
+        "slower": f"is slower than the original ({interval})",
+        "cannot tell": f"cannot be told from the original in speed ({interval})",
+    }[str(ratio["verdict"])]
+    if candidate.score is None:
+        return f"{candidate.name} {speed}; accuracy was not verified (no --eval)."
+    loss = ""
+    if candidate.drop is not None:
+        loss = f" and loses {candidate.drop['points']:.2f} points of top-1"
+    limit = "" if candidate.allowed else ", more than --max-drop allows"
+    joint = loss if faster or not loss else loss.replace(" and", ", and")
+    return f"{candidate.name} {speed}{joint}{limit}."
+
+
+def int8_share(kernels: Sequence[Kernel], sites: Sequence[Site]) -> float:
+    """Share of all multiply-accumulates that int8 kernels execute, 0..1."""
+    macs = {site.name: site.macs for site in sites}
+    total = sum(macs.values())
+    done = {kernel.site for kernel in kernels if kernel.precision == "int8"}
+    return sum(macs.get(name, 0) for name in done) / total if total else 0.0
+
+
+def site_rows(
+    sites: Sequence[Site], kernels: Sequence[Kernel], reasons: Mapping[str, str]
+) -> tuple[Mapping[str, Any], ...]:
+    """What became of every site in the compressed engine, and why it is not int8."""
+    executed: dict[str, str] = {}
+    for kernel in kernels:
+        if kernel.site and executed.get(kernel.site) != "int8":
+            executed[kernel.site] = kernel.precision
+    rows = []
+    for site in sites:
+        precision = executed.get(site.name, FUSED)
+        reason = reasons.get(site.name, "") if precision != "int8" else ""
+        if site.macs and precision == FLOAT and not reason:
+            reason = "the runtime left it in float32 although Q/DQ surround it"
+        rows.append(
+            {
+                "name": site.name,
+                "op_type": site.op_type,
+                "macs": site.macs,
+                "parameters": site.parameters,
+                "precision": precision,
+                "reason": reason,
+            }
+        )
+    return tuple(rows)
+
+
+def _reasons(model: Model) -> Mapping[str, str]:
+    for step in reversed(model.history):
+        if "reasons" in step.details:
+            return dict(step.details["reasons"])
+    return {}
+
+
+def _one_batch(model: Model, data: Data | None) -> Arrays:
+    """Inputs to time with: one real sample where there is one, and the model's own batch size."""
+    if data is not None and model.dynamic_batch:
+        for batch in data.batches(1):
+            return dict(batch.inputs)
+    return model.example()
+
+
+def _call(engine: Engine, batch: Arrays) -> Any:
+    return lambda: engine(batch)
+
+
+def _size(engine: Engine) -> int:
+    with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
+        return sum(path.stat().st_size for path in engine.save(Path(folder)))
+
+
+def _score(score: Score | None) -> dict[str, Any] | None:
+    if score is None:
+        return None
+    return {"value": score.value, "unit": score.unit, "n": score.n}
+
+
+def _drop(before: Score | None, after: Score | None) -> dict[str, Any] | None:
+    if before is None or after is None or before.accuracy is None or after.accuracy is None:
+        return None
+    return dataclasses.asdict(paired_drop(before.accuracy, after.accuracy))
+
+
+def _allowed(before: Score | None, after: Score | None, limits: Limits) -> bool:
+    if before is None or after is None or limits.max_drop is None:
+        return True
+    return after.value >= before.value - limits.max_drop.allowed(before.value) - 1e-12

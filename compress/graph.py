@@ -1,0 +1,195 @@
+"""What a graph is made of: sites with shapes, MACs, parameters and live memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from compress.model import Model
+
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operator that a decision can be taken about.
+
+    Attributes:
+        name: from the module path; survives export and every pass that keeps the operator.
+        op_type: ONNX operator type.
+        inputs: shapes of the activation inputs; weights are not among them.
+        output: shape of the first output, batch 1 where it is dynamic. -1 where unknown.
+        weight: shape of the weight, or None.
+        macs: multiply-accumulates for one run at that shape.
+        parameters: numbers in its initializers.
+        live_bytes: activations that are in memory while it runs, if each is freed after its
+            last use (order of the graph).
+    """
+
+    name: str
+    op_type: str
+    inputs: tuple[tuple[int, ...], ...]
+    output: tuple[int, ...]
+    weight: tuple[int, ...] | None
+    macs: int
+    parameters: int
+    live_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def sites(model: Model, opset: int = 21) -> tuple[Site, ...]:
+    """The operators of a model in order of execution; constants and subgraphs are left out.
+
+    A model at the torch stage is exported first, so that names and counts are those of the
+    graph that will be deployed.
+    """
+    from compress.export import to_onnx
+
+    return graph_sites(to_onnx(model, opset).graph_model)
+
+
+def graph_sites(graph_model: ir.Model) -> tuple[Site, ...]:
+    """Sites of an ONNX graph; see `sites`."""
+    shapes = infer_shapes(graph_model)
+    live = _live_bytes(graph_model.graph, shapes)
+    counted: set[str] = set()
+    found = []
+    for node in graph_model.graph:
+        if node.op_type == "Constant":
+            continue
+        output = shapes.get(node.outputs[0].name or "", ())
+        found.append(
+            Site(
+                name=node.name or "",
+                op_type=node.op_type,
+                inputs=tuple(
+                    shapes.get(value.name or "", ())
+                    for value in node.inputs
+                    if value is not None and value.const_value is None
+                ),
+                output=output,
+                weight=_weight_shape(node),
+                macs=_macs(node, shapes),
+                parameters=_parameters(node, counted),
+                live_bytes=live[node.name or ""],
+            )
+        )
+    return tuple(found)
+
+
+def infer_shapes(graph_model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor with dynamic axes at 1; sizes that stay unknown are -1.
+
+    The model itself is not changed.
+    """
+    import onnxscript.optimizer as optimizer
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    copy = graph_model.clone()
+    for value in copy.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([s if isinstance(s, int) else 1 for s in value.shape])
+    for node in copy.graph:
+        for out in node.outputs:
+            out.shape = None
+    ShapeInferencePass(data_prop=True)(copy)
+    # Shapes that the graph computes itself become known once constants are folded.
+    if any(_unknown(out) for node in copy.graph for out in node.outputs):
+        optimizer.fold_constants(copy, onnx_shape_inference=True)
+        ShapeInferencePass(data_prop=True)(copy)
+    values = [*copy.graph.inputs, *copy.graph.initializers.values()]
+    values += [out for node in copy.graph for out in node.outputs]
+    return {
+        value.name: tuple(s if isinstance(s, int) else -1 for s in value.shape)
+        for value in values
+        if value.name and value.shape is not None
+    }
+
+
+def _unknown(value: ir.Value) -> bool:
+    return value.shape is None or any(not isinstance(size, int) for size in value.shape)
+
+
+def weight_input(node: ir.Node) -> int | None:
+    """Index of the input that holds the weight of a multiply-accumulate, or None."""
+    candidates = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": (1, 0)}
+    for index in candidates.get(node.op_type, ()):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is not None and value.const_value is not None:
+            return index
+    return None
+
+
+def _weight_shape(node: ir.Node) -> tuple[int, ...] | None:
+    index = weight_input(node)
+    if index is None:
+        return None
+    value = node.inputs[index]
+    if value is None or value.const_value is None:
+        return None
+    return tuple(int(size) for size in value.const_value.shape)
+
+
+def _parameters(node: ir.Node, counted: set[str]) -> int:
+    """Numbers in the node's initializers; a shared one counts where it is met first."""
+    total = 0
+    for value in node.inputs:
+        if value is None or value.const_value is None or value.name in counted:
+            continue
+        if value.const_value.dtype.is_floating_point():
+            total += value.const_value.size
+            counted.add(value.name or "")
+    return total
+
+
+def _macs(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Multiply-accumulates of one node; 0 for operators without a reduction over weights."""
+    ins = [shapes.get(value.name or "", ()) if value is not None else () for value in node.inputs]
+    out = shapes.get(node.outputs[0].name or "", ())
+    if any(size < 0 for shape in (*ins, out) for size in shape):
+        return 0
+    match node.op_type:
+        case "Conv":
+            return math.prod(out) * math.prod(ins[1][1:])
+        case "ConvTranspose":
+            return math.prod(ins[0]) * math.prod(ins[1][1:])
+        case "Gemm":
+            transposed = node.attributes.get_int("transA", 0)
+            return math.prod(out) * (ins[0][0] if transposed else ins[0][-1]) if ins[0] else 0
+        case "MatMul":
+            return math.prod(out) * ins[0][-1] if ins[0] else 0
+        case "LSTM" | "GRU" | "RNN":
+            length, batch = ins[0][0], ins[0][1]
+            return length * batch * (math.prod(ins[1]) + math.prod(ins[2]))
+        case _:
+            return 0
+
+
+def _live_bytes(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Bytes of activations alive while each node runs."""
+    nodes = list(graph)
+    last_use: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        for value in node.inputs:
+            if value is not None and value.name:
+                last_use[value.name] = index
+    for value in graph.outputs:
+        last_use[value.name or ""] = len(nodes)
+
+    def size(value: ir.Value) -> int:
+        if value.dtype is None or value.name not in shapes:
+            return 0
+        return math.ceil(math.prod(map(abs, shapes[value.name])) * value.dtype.itemsize)
+
+    alive = {value.name or "": size(value) for value in graph.inputs}
+    result: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        alive |= {out.name or "": size(out) for out in node.outputs}
+        result[node.name or ""] = sum(alive.values())
+        alive = {name: n for name, n in alive.items() if last_use.get(name, -1) > index}
+    return result

@@ -1,0 +1,131 @@
+"""Arguments and options of the command line: what each is called and what its help says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="ONNX, torch.export (.pt2), TorchScript, a pickled module of torch.nn classes, or a "
+        "state_dict (then --model says what builds the network).",
+        show_default=False,
+    ),
+]
+Built = Annotated[
+    str,
+    typer.Argument(metavar="A", help="An artifact directory or a model file.", show_default=False),
+]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="Callable that builds the network, for example torchvision.models:resnet18.",
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="[NAME:]SHAPE[:DTYPE]",
+        help="Input shape where the file has none: 1x3x224x224 or ids:1x128:int64. Repeatable.",
+    ),
+]
+TargetName = Annotated[
+    str, typer.Option("--target", metavar="NAME", help="Where it will run; see `targets`.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Threads of the runtime.  [default: all usable cores]"),
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option("--trust-pickle", help="Load a pickle that can run code. Only for your own."),
+]
+Layout = Annotated[
+    Literal["auto", "nchw", "nhwc"], typer.Option(help="Axes of the images in the data.")
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="M[,M...]", help="Subtracted from the data, one or per channel."),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(metavar="S[,S...]", help="Divides the data, one or per channel."),
+]
+Evaluate = Annotated[
+    str | None,
+    typer.Option(
+        "--eval",
+        metavar="DATA",
+        help="Labelled data for top-1, or MODULE:FUNCTION that gets the engine and returns a "
+        "number.",
+    ),
+]
+Seconds = Annotated[float, typer.Option(metavar="S", min=0.1, help="Measuring time in all.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Bits = Annotated[int, typer.Option(metavar="N", help="Bits of weights and activations.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help=".npz, image folder, torch tensor file or MODULE:FUNCTION; without it, ranges "
+        "come from the BatchNorm statistics and the report says so.",
+    ),
+]
+MaxDrop = Annotated[
+    str | None,
+    typer.Option(metavar="X", help="Largest loss: 0.5% is points, 0.5%rel is relative."),
+]
+MinSpeedup = Annotated[
+    float | None, typer.Option(metavar="S", help="Smallest gain, for example 1.5.")
+]
+Directory = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Artifact directory.  [default: NAME-TARGET-int8]"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Passes from a recipe.yaml instead.")
+]
+Method = Annotated[
+    Literal["minmax", "percentile", "mse", "entropy"],
+    typer.Option(help="How a range is chosen from the calibration statistics."),
+]
+CalibrationSamples = Annotated[int, typer.Option(metavar="N", min=1, help="Samples used at most.")]
+Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Batch size where it is dynamic.")]
+Runs = Annotated[int, typer.Option(metavar="N", min=1, help="Profiled runs.")]
+JsonFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON too.")]
+Others = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="B", help="More of them, compared with A."),
+]
+Second = Annotated[str, typer.Argument(metavar="B", help="The other one.", show_default=False)]
+
+# For `run`, None leaves the word to the recipe and then to the default.
+RecipeTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="NAME", help="Where it will run; see `targets`.  [default: cpu]"
+    ),
+]
+RecipeLayout = Annotated[
+    Literal["auto", "nchw", "nhwc"] | None,
+    typer.Option("--layout", help="Axes of the images in the data.  [default: auto]"),
+]
+RecipeSeconds = Annotated[
+    float | None,
+    typer.Option(
+        "--seconds", metavar="S", min=0.5, max=3600, help="Measuring time.  [default: 10]"
+    ),
+]
+RecipeSeed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.  [default: 0]"),
+]

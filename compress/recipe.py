@@ -1,0 +1,112 @@
+"""Recipe: ordered passes and the settings of a run, as a YAML file that reproduces it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.errors import UsageError
+from compress.passes import Pass, options
+from compress.registry import create_pass
+
+VERSION = 1
+SETTINGS = (
+    "model", "factory", "inputs", "target", "threads", "calibration", "evaluate", "layout",
+    "mean", "std", "max_drop", "min_speedup", "seconds", "seed",
+)  # fmt: skip
+"""What a recipe may set besides its passes; the names of `compress.run`'s arguments."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in order, torch stage before ONNX stage, and settings.
+
+    Raises:
+        UsageError: a torch pass follows an ONNX pass, or a setting does not exist.
+    """
+
+    passes: tuple[Pass, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        exported = ""
+        for step in self.passes:
+            if step.stage == "torch" and exported:
+                raise UsageError(
+                    f"Recipe: pass {step.name} works on torch models and stands after {exported}, "
+                    f"which works on the exported ONNX graph. Put torch passes first."
+                )
+            exported = exported or (step.name if step.stage == "onnx" else "")
+        unknown = sorted(set(self.settings) - set(SETTINGS))
+        if unknown:
+            raise UsageError(
+                f"Recipe: unknown setting {', '.join(unknown)}; allowed are {', '.join(SETTINGS)} "
+                f"and passes."
+            )
+
+    def to_yaml(self) -> str:
+        """The file's text."""
+        entries = [{step.name: _plain(options(step))} for step in self.passes]
+        settings = {k: _plain(v) for k, v in self.settings.items() if v not in (None, (), [])}
+        document = {"recipe": VERSION, **settings, "passes": entries}
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        return f"# Repeat this run: compress run --recipe recipe.yaml\n{text}"
+
+    @classmethod
+    def from_yaml(cls, path: Path | str) -> Recipe:
+        """Read a recipe; nothing in it is executed.
+
+        Raises:
+            UsageError: the file is not a recipe, or names what does not exist.
+        """
+        try:
+            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"Recipe {path} cannot be read: {error}.") from error
+        except yaml.YAMLError as error:
+            what = re.sub(r"\s+", " ", str(error))
+            raise UsageError(f"Recipe {path} is not plain YAML: {what}") from error
+        if not isinstance(document, dict) or not isinstance(document.get("passes"), list):
+            raise UsageError(
+                f"Recipe {path} is not a recipe: it needs a list `passes`. "
+                f"`compress run` writes one into every artifact."
+            )
+        version = document.pop("recipe", VERSION)
+        if version != VERSION:
+            raise UsageError(f"Recipe {path} has version {version}; this release reads {VERSION}.")
+        entries = document.pop("passes")
+        return cls(tuple(_read_pass(path, entry) for entry in entries), document)
+
+
+def default_passes(bits: int, method: str, samples: int) -> tuple[Pass, ...]:
+    """Free rewrites, then quantization."""
+    free = ("remove_identity", "fold_batchnorm", "pool_spatial_mean")
+    quantize = create_pass("quantize", bits=bits, method=method, samples=samples)
+    return (*(create_pass(name) for name in free), quantize)
+
+
+def _read_pass(path: Path | str, entry: object) -> Pass:
+    if isinstance(entry, str):
+        return create_pass(entry)
+    if isinstance(entry, dict) and len(entry) == 1:
+        (name, given), *_ = entry.items()
+        if isinstance(name, str) and isinstance(given, dict | None):
+            return create_pass(name, **(given or {}))
+    raise UsageError(
+        f"Recipe {path}: {entry!r} is no pass. Write a name, or `name: {{option: value}}`; "
+        f"`compress passes` lists them."
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and paths as text: what YAML's safe dumper knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

@@ -1,0 +1,198 @@
+"""Tables of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from compress.graph import Site
+    from compress.latency import Comparison
+    from compress.model import Model
+    from compress.pipeline import ProfileReport
+    from compress.side_by_side import SideBySide
+
+PIPED_WIDTH = 140
+"""Columns where nobody knows the width, so that names in logs are not folded."""
+
+
+def console() -> Console:
+    """The console of stdout."""
+    probe = Console()
+    return probe if probe.is_terminal else Console(width=PIPED_WIDTH)
+
+
+def sites_dict(model: Model, found: Sequence[Site]) -> dict[str, Any]:
+    """Sites and totals as plain values."""
+    return {
+        "name": model.name,
+        "source": model.source,
+        "inputs": [str(spec) for spec in model.inputs],
+        "totals": _totals(found),
+        "sites": [site.to_dict() for site in found],
+    }
+
+
+def sites(model: Model, found: Sequence[Site]) -> None:
+    """The table of `compress inspect`."""
+    totals = _totals(found)
+    table = _table("site", "operator", "output", right=("MACs", "share", "parameters", "live"))
+    for site in found:
+        table.add_row(
+            escape(site.name),
+            site.op_type,
+            "x".join(map(str, site.output)) or "scalar",
+            count(site.macs) if site.macs else "",
+            f"{site.macs / totals['macs']:.1%}" if site.macs else "",
+            count(site.parameters) if site.parameters else "",
+            size(site.live_bytes),
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        f"{model.name}: {totals['sites']} sites, {count(totals['macs'])} MACs, "
+        f"{count(totals['parameters'])} parameters, at most "
+        f"{size(totals['peak_live_bytes'])} of activations alive at once",
+        highlight=False,
+        markup=False,
+    )
+
+
+def latency(comparison: Comparison) -> None:
+    """The table of `compress bench`."""
+    table = _table("model", right=("p50 ms", "95 % interval", "p90 ms", "speedup"), last="verdict")
+    for name, timing in comparison.timings.items():
+        ratio = comparison.ratios.get(name)
+        table.add_row(
+            escape(name),
+            f"{timing.p50_ms:.3f}",
+            f"{timing.low_ms:.3f} to {timing.high_ms:.3f}",
+            f"{timing.p90_ms:.3f}",
+            f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "",
+            ratio.verdict if ratio else "baseline",
+        )
+    out = console()
+    out.print(table)
+    for note in comparison.notes:
+        out.print(note, highlight=False, markup=False)
+
+
+def side_by_side(result: SideBySide) -> None:
+    """The tables of `compress compare`."""
+    latency(result.latency)
+    table = _table("outputs of B against A", right=("value",))
+    close = result.fidelity
+    if close.top1_agreement is not None:
+        table.add_row("top-1 agreement", f"{close.top1_agreement:.2%}")
+    table.add_row("cosine", f"{close.cosine:.6f}")
+    table.add_row("SQNR", f"{close.sqnr_db:.1f} dB")
+    table.add_row("largest difference", f"{close.max_abs_difference:.4g}")
+    table.add_row("samples", f"{close.samples} ({close.source})")
+    if result.scores is not None:
+        for name, score in zip((result.first, result.second), result.scores, strict=True):
+            shown = f"{score.value:.2%}" if score.unit == "top-1" else f"{score.value:.6g}"
+            table.add_row(f"{score.unit} of {escape(name)}", shown)
+    if result.drop is not None:
+        table.add_row("drop", str(result.drop))
+    console().print(table)
+
+
+def profile(report: ProfileReport) -> None:
+    """The table of `compress profile`."""
+    table = _table("kernel", "operator", "precision", right=("µs", "share", "MACs", "GMAC/s"))
+    for row in report.rows:
+        macs, rate = row["macs"], row["gmacs_per_second"]
+        table.add_row(
+            escape(row["site"] or row["kernel"]),
+            row["op_type"],
+            row["precision"],
+            f"{row['p50_us']:.1f}",
+            f"{row['share']:.1%}",
+            count(macs) if macs else "",
+            f"{rate:.1f}" if rate else "",
+        )
+    console().print(table)
+
+
+def targets(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of `compress targets`."""
+    table = _table("target", "here", "why not", "install", "from")
+    for row in rows:
+        cells = (row["reason"], row["install"], row["provider"])
+        table.add_row(row["name"], "yes" if row["available"] else "no", *map(escape, cells))
+    console().print(table)
+
+
+def passes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of `compress passes`."""
+    table = _table("pass", "stage", "what it does", "options", "from")
+    for row in rows:
+        settings = "\n".join(f"{name}={value}" for name, value in row["options"].items())
+        cells = (row["description"], settings, row["provider"])
+        table.add_row(row["name"], row["stage"], *map(escape, cells))
+    console().print(table)
+
+
+def doctor(facts: Mapping[str, Any]) -> None:
+    """The tables of `compress doctor`."""
+    machine = facts["machine"]
+    table = _table("what", "found")
+    table.add_row("processor", escape(machine["cpu"]))
+    table.add_row("usable cores", str(machine["cores"]))
+    table.add_row("features", ", ".join(machine["features"]) or "unknown")
+    table.add_row("int8 dot product", "yes" if facts["int8_dot_product"] else "no")
+    table.add_row("memory", size(machine["memory_bytes"]) if machine["memory_bytes"] else "unknown")
+    table.add_row("governor", machine["governor"] or "unknown")
+    table.add_row("system", escape(machine["os"]))
+    table.add_row("Python", facts["python"])
+    for package, version in facts["versions"].items():
+        table.add_row(package, version)
+    writable = "writable" if facts["directory"]["writable"] else "not writable"
+    table.add_row("this folder", f"{escape(facts['directory']['path'])}, {writable}")
+    out = console()
+    out.print(table)
+    targets(facts["targets"])
+    for problem in facts["problems"]:
+        out.print(f"Attention: {problem}", highlight=False, markup=False)
+
+
+def count(number: float) -> str:
+    """A number with three digits and k, M, G or T."""
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def size(number_bytes: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if number_bytes < 1000:
+            return f"{number_bytes:.3g} {unit}"
+        number_bytes /= 1024
+    return f"{number_bytes:.3g} GiB"
+
+
+def _totals(found: Sequence[Site]) -> dict[str, int]:
+    return {
+        "sites": len(found),
+        "macs": sum(site.macs for site in found),
+        "parameters": sum(site.parameters for site in found),
+        "peak_live_bytes": max((site.live_bytes for site in found), default=0),
+    }
+
+
+def _table(*left: str, right: Sequence[str] = (), last: str = "") -> Table:
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    if last:
+        table.add_column(last)
+    return table

@@ -1,0 +1,94 @@
+"""Report: what was gained and what was lost, as data; `markdown` and `terminal` draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One model that was built and measured on the target.
+
+    Attributes:
+        name: "float32" for the original, "int8" for the compressed one.
+        size_bytes: of the model files.
+        timing: fields of `compress.latency.Timing`.
+        speedup: fields of `compress.latency.Ratio` against the original; None for itself.
+        score: evaluation in the target's runtime, None without `evaluate`.
+        drop: fields of `compress.metrics.Drop` in points, where the score is a top-1.
+        fidelity: agreement with the original on the same inputs; None for itself.
+        int8_macs: share of multiply-accumulates that the runtime executes in int8, 0..1.
+        allowed: whether it keeps the budget's limit on the drop.
+    """
+
+    name: str
+    size_bytes: int
+    timing: Mapping[str, Any]
+    speedup: Mapping[str, Any] | None = None
+    score: Mapping[str, Any] | None = None
+    drop: Mapping[str, Any] | None = None
+    fidelity: Mapping[str, Any] | None = None
+    int8_macs: float = 0.0
+    allowed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything about one run. `to_dict` is what `report.json` holds.
+
+    Attributes:
+        headline: sentences that a reader must see first.
+        met: whether the budget was met.
+        chosen: name of the candidate that became the artifact.
+        budget: limits that were given or assumed.
+        candidates: the original first.
+        sites: one row per operator: name, op_type, macs, parameters, precision, reason.
+        steps: history of the compressed model, without the plan.
+        latency: how the timing was made.
+        calibration: where ranges come from.
+        model: name, source, hash, inputs.
+        target: name, options, facts with their source.
+        machine: hardware and fingerprint.
+        versions: of the packages that matter.
+        files: sha256 of what was written.
+        command: how to repeat it.
+        created: UTC, ISO 8601.
+        seconds: duration of each phase.
+    """
+
+    headline: tuple[str, ...]
+    met: bool
+    chosen: str
+    budget: Mapping[str, Any]
+    candidates: tuple[Candidate, ...]
+    sites: tuple[Mapping[str, Any], ...]
+    steps: tuple[Mapping[str, Any], ...]
+    latency: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    model: Mapping[str, Any]
+    target: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    created: str
+    command: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def candidate(self, name: str) -> Candidate:
+        """The candidate of that name."""
+        return next(candidate for candidate in self.candidates if candidate.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """The text of `report.md`."""
+        from compress.report.markdown import markdown
+
+        return markdown(self)

@@ -1,0 +1,72 @@
+"""`report.md`: the report for people and for pull requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from compress.report import Report
+from compress.report.table import COLUMNS, candidate_row, fidelity, float_sites
+
+
+def markdown(report: Report) -> str:
+    """The whole report as Markdown."""
+    model, target = report.model, report.target
+    lines = [f"# {model['name']} on {target['name']}: {report.chosen}", ""]
+    lines += [f"- {sentence}" for sentence in report.headline]
+    lines += ["", "## Candidates", ""]
+    rows = [candidate_row(c, c.name == report.chosen) for c in report.candidates]
+    lines += table(COLUMNS, rows)
+    for candidate in report.candidates:
+        if candidate.fidelity is not None:
+            lines += ["", f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."]
+    lines += ["", _latency(report), "", "## Sites", ""]
+    lines += _sites(report)
+    lines += ["", "## Steps", ""]
+    for step in report.steps:
+        notes = ", ".join(f"{k} {v}" for k, v in step["details"].items() if _is_short(v))
+        lines.append(f"1. `{step['name']}`" + (f": {notes}" if notes else ""))
+    lines += ["", "## Where and how", ""]
+    machine = report.machine
+    facts = {
+        "model": f"{model['source']} (sha256 {model['sha256'][:16] or 'none'})",
+        "machine": f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['features'])}",
+        "fingerprint": machine["fingerprint"],
+        "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
+        "command": f"`{report.command}`" if report.command else "Python API",
+        "created": report.created,
+    }
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    lines += [f"- file `{name}`: sha256 {digest}" for name, digest in report.files.items()]
+    return "\n".join(lines) + "\n"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body]
+
+
+def _latency(report: Report) -> str:
+    latency = report.latency
+    notes = " ".join(latency["notes"])
+    return (
+        f"Latency: batch {latency['batch']}, {latency['threads']} threads, {latency['rounds']} "
+        f"interleaved rounds in {latency['seconds']:.1f} s, median with 95 % bootstrap interval. "
+        f"{notes}"
+    ).rstrip()
+
+
+def _sites(report: Report) -> list[str]:
+    total = sum(row["macs"] for row in report.sites)
+    left = float_sites(report)
+    if not total:
+        return ["The model has no multiply-accumulates."]
+    if not left:
+        return [f"All {total / 1e6:.1f} M multiply-accumulates run in int8."]
+    lines = ["Multiply-accumulates that do not run in int8, and why:", ""]
+    rows = [(r["name"], r["op_type"], f"{r['macs'] / total:.2%}", r["reason"]) for r in left]
+    return lines + table(("site", "operator", "share of MACs", "reason"), rows)
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, (str, int, float, bool))

@@ -1,0 +1,78 @@
+"""Rows and words that the Markdown and the terminal report share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from compress.report import Candidate, Report
+
+COLUMNS = ("", "latency p50", "speed-up", "size", "accuracy", "drop", "int8 MACs")
+
+
+def candidate_row(candidate: Candidate, chosen: bool) -> tuple[str, ...]:
+    """One line of the table of candidates."""
+    return (
+        f"{candidate.name} (artifact)" if chosen else candidate.name,
+        interval(candidate.timing, "p50_ms", "low_ms", "high_ms", " ms"),
+        speedup(candidate.speedup),
+        size(candidate.size_bytes),
+        score(candidate.score),
+        drop(candidate.drop),
+        f"{candidate.int8_macs:.1%}",
+    )
+
+
+def interval(
+    values: Mapping[str, Any], middle: str, low: str, high: str, unit: str, places: int = 0
+) -> str:
+    """`1.83 ms [1.80, 1.86]` with as many places as the value needs."""
+    value = float(values[middle])
+    places = places or max(0, 2 - math.floor(math.log10(max(value, 1e-6))))
+    return f"{value:.{places}f}{unit} [{values[low]:.{places}f}, {values[high]:.{places}f}]"
+
+
+def speedup(ratio: Mapping[str, Any] | None) -> str:
+    """`2.06x [2.01, 2.11] faster`."""
+    if ratio is None:
+        return "1"
+    return interval(ratio, "value", "low", "high", "x", 2) + f" {ratio['verdict']}"
+
+
+def size(size_bytes: int) -> str:
+    """Bytes for people."""
+    if size_bytes < 1_000_000:
+        return f"{size_bytes / 1e3:.1f} kB"
+    return f"{size_bytes / 1e6:.2f} MB"
+
+
+def score(value: Mapping[str, Any] | None) -> str:
+    """Accuracy in the target's runtime."""
+    if value is None:
+        return "not evaluated"
+    return f"{value['value']:.2%}" if value["unit"] == "top-1" else f"{value['value']:.4g}"
+
+
+def drop(value: Mapping[str, Any] | None) -> str:
+    """Lost points with their paired interval."""
+    if value is None:
+        return ""
+    return f"{value['points']:+.2f} points [{value['low']:+.2f}, {value['high']:+.2f}]"
+
+
+def fidelity(value: Mapping[str, Any]) -> str:
+    """One sentence about agreement with the original."""
+    agreement = value.get("top1_agreement")
+    first = f"top-1 agreement {agreement:.2%}, " if agreement is not None else ""
+    sqnr = value["sqnr_db"]
+    noise = f"SQNR {sqnr:.1f} dB" if isinstance(sqnr, (int, float)) else "SQNR infinite"
+    return (
+        f"{first}cosine {value['cosine']:.5f}, {noise}, largest difference "
+        f"{value['max_abs_difference']:.3g} on {value['samples']} samples of {value['source']}"
+    )
+
+
+def float_sites(report: Report) -> list[Mapping[str, Any]]:
+    """Sites with multiply-accumulates that the compressed model runs in float."""
+    return [row for row in report.sites if row["macs"] and row["precision"] != "int8"]

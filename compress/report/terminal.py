@@ -1,0 +1,38 @@
+"""The summary that `compress run` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.report import Report
+from compress.report.table import COLUMNS, candidate_row, fidelity, float_sites
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_FEW_SITES = 8
+
+
+def render(report: Report, console: Console) -> None:
+    """Print headline, candidates, and what stayed in float."""
+    from rich.table import Table
+
+    for index, sentence in enumerate(report.headline):
+        style = ("bold green" if report.met else "bold yellow") if index == 0 else ""
+        console.print(sentence, style=style, highlight=False, markup=False)
+    grid = Table(*COLUMNS, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for candidate in report.candidates:
+        chosen = candidate.name == report.chosen
+        grid.add_row(*candidate_row(candidate, chosen), style="bold" if chosen else "")
+    console.print(grid)
+    for candidate in report.candidates:
+        if candidate.fidelity is not None:
+            text = f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."
+            console.print(text, highlight=False, markup=False)
+    left = float_sites(report)
+    total = sum(row["macs"] for row in report.sites) or 1
+    for row in sorted(left, key=lambda row: -row["macs"])[:_FEW_SITES]:
+        text = f"  float: {row['name']} ({row['macs'] / total:.1%} of MACs): {row['reason']}"
+        console.print(text, highlight=False, markup=False)
+    if len(left) > _FEW_SITES:
+        console.print(f"  and {len(left) - _FEW_SITES} more, see report.md", highlight=False)

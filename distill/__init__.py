@@ -1,0 +1,1 @@
+"""Distillation. This release has no distillation pass yet; passes arrive with later releases."""

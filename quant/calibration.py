@@ -1,0 +1,143 @@
+"""Calibration: stream data through the float graph and observe the tensors that need a range.
+
+Memory is one batch of activations plus O(tensors x bins); it does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.errors import DataError
+from compress.graph import infer_shapes
+from compress.model import Model
+from compress.progress import Progress, silent
+from compress.reference import reference_session, run
+from quant.observers import HistogramObserver
+
+if TYPE_CHECKING:
+    from compress.data import Data
+
+ACTIVATION_BUDGET_BYTES = 256_000_000
+"""Observed activations of one batch; sets the batch size of calibration."""
+
+_CACHE_VERSION = 1
+
+
+def observe(
+    model: Model,
+    tensors: Iterable[str],
+    data: Data,
+    *,
+    samples: int,
+    bins: int = 2048,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, HistogramObserver]:
+    """Histograms of the named tensors over the first `samples` samples.
+
+    Args:
+        model: at the ONNX stage.
+        tensors: names of activations in its graph.
+        data: batches of the model's inputs.
+        samples: how many to use; fewer where there are fewer.
+        bins: of each histogram; 0 keeps only range and count.
+        cache: folder for the result, keyed by hashes of graph and data.
+        progress: a bar over the samples.
+
+    Raises:
+        DataError: the data hold no whole batch for a model with a fixed batch size.
+    """
+    names = sorted(tensors)
+    samples = min(samples, len(data))
+    file = None
+    if cache is not None:
+        file = cache / f"calibration-{_key(model, names, data, samples, bins)}.json"
+        if (found := _read(file, names)) is not None:
+            return found
+    size = _batch_size(model, names, samples)
+    observers = {name: HistogramObserver(name, bins) for name in names}
+    runtime = reference_session(_with_outputs(model.graph_model, names), optimize=True)
+    done = 0
+    with progress("Calibrate", total=samples) as advance:
+        for batch in data.batches(size):
+            count = len(next(iter(batch.inputs.values())))
+            if done >= samples or (count < size and not model.dynamic_batch):
+                break
+            inputs = batch.inputs
+            if model.dynamic_batch and done + count > samples:
+                inputs = {name: array[: samples - done] for name, array in inputs.items()}
+                count = samples - done
+            outputs = run(runtime, inputs)
+            for name, observer in observers.items():
+                observer.update(inputs[name] if name in inputs else outputs[name])
+            done += count
+            advance(count)
+    if not done:
+        raise DataError(
+            f"Calibration data {data.name} hold {len(data)} samples and the model takes batches "
+            f"of {size}. Give at least {size} samples, or export the model with a dynamic batch."
+        )
+    if file is not None:
+        _write(file, observers)
+    return observers
+
+
+def _with_outputs(graph_model: ir.Model, names: Iterable[str]) -> ir.Model:
+    model = graph_model.clone()
+    inputs = {value.name for value in model.graph.inputs}
+    present = {value.name for value in model.graph.outputs}
+    values = {out.name: out for node in model.graph for out in node.outputs}
+    for name in names:
+        if name not in present and name not in inputs:
+            model.graph.outputs.append(values[name])
+    return model
+
+
+def _batch_size(model: Model, names: Iterable[str], samples: int) -> int:
+    if not model.dynamic_batch:
+        return int(model.inputs[0].shape[0]) if model.inputs[0].shape else 1
+    shapes = infer_shapes(model.graph_model)
+    per_sample = 4 * sum(abs(math.prod(shapes.get(name, (1,)))) for name in names)
+    return int(np.clip(ACTIVATION_BUDGET_BYTES // max(per_sample, 1), 1, min(32, samples)))
+
+
+def _key(model: Model, names: list[str], data: Data, samples: int, bins: int) -> str:
+    """Hash of everything that decides the histograms."""
+    digest = hashlib.sha256()
+    for part in (_CACHE_VERSION, data.sha256, samples, bins, names):
+        digest.update(json.dumps(part).encode())
+    for node in model.graph_model.graph:
+        digest.update(f"{node.op_type} {node.name} {list(node.attributes.values())}".encode())
+        digest.update(str([value.name if value else None for value in node.inputs]).encode())
+    for name, value in model.graph_model.graph.initializers.items():
+        if value.const_value is not None:
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(value.const_value.numpy()).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(file: Path, names: list[str]) -> dict[str, HistogramObserver] | None:
+    try:
+        stored: Mapping[str, dict[str, object]] = json.loads(file.read_text())
+        return {name: HistogramObserver.from_dict(stored[name]) for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent or damaged: compute it again
+
+
+def _write(file: Path, observers: Mapping[str, HistogramObserver]) -> None:
+    """A cache that cannot be written costs time later, not this run."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{id(observers)}.tmp")
+        temporary.write_text(json.dumps({n: o.to_dict() for n, o in observers.items()}))
+        temporary.replace(file)
+    except OSError:
+        return

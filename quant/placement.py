@@ -1,0 +1,273 @@
+"""Where quantization goes: which operators run in int8, and which tensors share a scale.
+
+The table of patterns comes from the target's capabilities; this module only walks the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.graph import weight_input
+from compress.target import Capabilities, FusablePattern, Role
+
+MOVES: frozenset[Role] = frozenset({"same_scale", "integer"})
+GATES = ("HardSwish", "HardSigmoid")
+"""Written on the integer grid by the emitter, which fixes the scale of their input."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Decisions for one graph.
+
+    Attributes:
+        roles: operators in int8, by node name; an "activation" is absorbed by its producer.
+        groups: tensors that carry Q/DQ; those of one group share scale and zero point.
+        constants: names of initializers that become int8 (weights and constant operands).
+        float_outputs: int8 operators that write float32.
+        reasons: every other operator and why it stays float.
+    """
+
+    roles: dict[str, Role] = field(default_factory=dict)
+    groups: tuple[tuple[str, ...], ...] = ()
+    constants: tuple[str, ...] = ()
+    float_outputs: tuple[str, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def place(
+    graph: ir.Graph, capabilities: Capabilities, keep_float: frozenset[str] = frozenset()
+) -> Placement:
+    """Decide for every operator; `keep_float` names operators that must not be quantized.
+
+    Multiply-accumulates with an int8 kernel are always quantized. Everything else only where
+    its inputs are in int8 already, so that no conversion is added to save none.
+    """
+    placer = _Placer(capabilities, keep_float)
+    for node in graph:
+        if node.op_type != "Constant":
+            placer.visit(node)
+    return placer.finish()
+
+
+def single_use(value: ir.Value) -> bool:
+    """Whether exactly one operator reads the tensor and it is no output of the graph."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+class _Placer:
+    def __init__(self, capabilities: Capabilities, keep_float: frozenset[str]) -> None:
+        self.capabilities, self.keep_float = capabilities, keep_float
+        self.roles: dict[str, Role] = {}
+        self.reasons: dict[str, str] = {}
+        self.constants: dict[str, None] = {}
+        self.float_outputs: dict[str, None] = {}
+        self.resident: set[str] = set()
+        self.parent: dict[str, str] = {}
+        self.pinned: set[str] = set()
+
+    def visit(self, node: ir.Node) -> None:
+        name = node.name or ""
+        pattern = self.capabilities.pattern(node.op_type)
+        if name in self.keep_float:
+            reason = "kept in float on request"
+        elif pattern is None or node.domain not in ("", "ai.onnx"):
+            reason = f"the target has no int8 kernel for {node.op_type}"
+        else:
+            reason = self.refuse(node, pattern)
+        if reason or pattern is None:
+            self.reasons[name] = reason
+        else:
+            self.accept(node, pattern)
+
+    def refuse(self, node: ir.Node, pattern: FusablePattern) -> str:
+        """Why this operator cannot run in int8, or ""."""
+        first = node.inputs[0] if node.inputs else None
+        if first is None or first.dtype not in (ir.DataType.FLOAT, None):
+            return "its input is not float32"
+        rank = len(first.shape) if first.shape is not None else None
+        if pattern.max_rank is not None and (rank is None or rank > pattern.max_rank):
+            return f"the int8 kernel takes at most rank {pattern.max_rank}"
+        match pattern.role:
+            case "matmul":
+                return _refuse_matmul(node)
+            case "activation":
+                return self.refuse_activation(node)
+            case "same_scale" | "integer":
+                return self.refuse_move(node, first)
+            case _:
+                return self.refuse_others(node)
+
+    def refuse_activation(self, node: ir.Node) -> str:
+        source = node.inputs[0]
+        producer = source.producer() if source is not None else None
+        if source is None or producer is None or source.name not in self.resident:
+            return "its input is float"
+        role = self.roles.get(producer.name or "")
+        if role in MOVES or role in ("concat", "activation") or not single_use(source):
+            return "its input has other users, so it cannot be absorbed by the producer"
+        if node.op_type == "Clip":
+            low, high = clip_bounds(node)
+            if low is None or high is None or low > 0 or high < 0:
+                return "its bounds do not contain zero or are not constant"
+        return ""
+
+    def refuse_move(self, node: ir.Node, first: ir.Value) -> str:
+        if first.name in self.resident:
+            return _refuse_pad(node)
+        if first.is_graph_input() and any(self.leads_to_matmul(out) for out in node.outputs):
+            return _refuse_pad(node)
+        return "its input is float"
+
+    def refuse_others(self, node: ir.Node) -> str:
+        """Elementwise, unary, pool, concat: only on what is in int8 already."""
+        activations = [v for v in node.inputs if v is not None and v.const_value is None]
+        if not activations or any(value.name not in self.resident for value in activations):
+            return "an input is float, a conversion would cost more than it saves"
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and not _is_float(value):
+                return "a constant operand is not float32"
+        if node.op_type in GATES:
+            return self.refuse_gate(node)
+        return ""
+
+    def refuse_gate(self, node: ir.Node) -> str:
+        """HardSwish and HardSigmoid dictate the scale of their input."""
+        source = node.inputs[0]
+        producer = source.producer() if source is not None else None
+        if source is None or producer is None or self.roles.get(producer.name or "") != "matmul":
+            return "its input is not written by an int8 multiply-accumulate"
+        if not single_use(source):
+            return "its input has other users, and it would dictate their scale"
+        if node.op_type == "HardSigmoid":
+            slope = node.attributes.get_float("alpha", 0.2)
+            offset = node.attributes.get_float("beta", 0.5)
+            if abs(slope - 1 / 6) > 1e-4 or abs(offset - 0.5) > 1e-6:
+                return "only relu6(x + 3) / 6 has an integer form"
+        return ""
+
+    def accept(self, node: ir.Node, pattern: FusablePattern) -> None:
+        name = node.name or ""
+        self.roles[name] = pattern.role
+        activations = [v for v in node.inputs if v is not None and v.const_value is None]
+        if pattern.role in MOVES:
+            activations = activations[:1]
+        for value in activations:
+            self.join(value)
+        for index, value in enumerate(node.inputs):
+            # A bias is no operand of its own: its scale follows from the others.
+            if value is None or value.const_value is None or pattern.role in MOVES:
+                continue
+            if pattern.role == "elementwise" or index == weight_input(node):
+                self.constants[value.name or ""] = None
+        outputs = list(node.outputs)
+        if pattern.float_output and not any(self.leads_to_matmul(out) for out in outputs):
+            self.float_outputs[name] = None
+            return
+        for out in outputs:
+            self.resident.add(out.name or "")
+            if pattern.role == "activation":
+                # The producer writes this tensor; the one in between is never quantized.
+                self.forget(activations[0])
+                self.join(out)
+            elif pattern.role in MOVES or pattern.role == "concat":
+                self.join(out, *activations)
+            else:
+                self.join(out)
+
+    def leads_to_matmul(self, value: ir.Value, depth: int = 0) -> bool:
+        """Whether a multiply-accumulate reads this tensor, directly or through moves."""
+        if depth > 6:
+            return False
+        for use in value.uses():
+            pattern = self.capabilities.pattern(use.node.op_type)
+            if pattern is None or use.node.name in self.keep_float:
+                continue
+            if pattern.role == "matmul" and not _refuse_matmul(use.node):
+                return True
+            follows = pattern.role in MOVES or pattern.role == "activation"
+            if follows and any(self.leads_to_matmul(o, depth + 1) for o in use.node.outputs):
+                return True
+        return False
+
+    def join(self, *values: ir.Value) -> None:
+        """Put tensors into one group (union-find)."""
+        roots = [self.find(value.name or "") for value in values]
+        for root in roots[1:]:
+            self.parent[root] = roots[0]
+
+    def find(self, name: str) -> str:
+        self.parent.setdefault(name, name)
+        while self.parent[name] != name:
+            name = self.parent[name]
+        return name
+
+    def forget(self, value: ir.Value) -> None:
+        self.resident.discard(value.name or "")
+        self.parent.pop(value.name or "", None)
+
+    def finish(self) -> Placement:
+        groups: dict[str, list[str]] = {}
+        for name in self.parent:
+            groups.setdefault(self.find(name), []).append(name)
+        return Placement(
+            self.roles,
+            tuple(tuple(members) for members in groups.values()),
+            tuple(self.constants),
+            tuple(self.float_outputs),
+            self.reasons,
+        )
+
+
+def _refuse_matmul(node: ir.Node) -> str:
+    weight = weight_input(node)
+    if node.op_type != "MatMul" and weight != 1:
+        return "its weight is not a constant"
+    if weight is not None:
+        value = node.inputs[weight]
+        if value is None or not _is_float(value):
+            return "its weight is not float32"
+    if node.op_type == "Gemm":
+        attributes = node.attributes
+        if attributes.get_int("transA", 0) or attributes.get_float("alpha", 1.0) != 1.0:
+            return "Gemm with transA or alpha has no int8 kernel"
+        if len(node.inputs) > 2 and attributes.get_float("beta", 1.0) != 1.0:
+            return "Gemm with beta has no int8 kernel"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and (bias.const_value is None or not _is_float(bias)):
+        return "its bias is not constant"
+    return ""
+
+
+def _refuse_pad(node: ir.Node) -> str:
+    if node.op_type == "Pad":
+        if node.attributes.get_string("mode", "constant") != "constant":
+            return "only constant padding has an integer form"
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        if value is not None and (value.const_value is None or np.any(value.const_value.numpy())):
+            return "only padding with zeros has an integer form"
+    if node.op_type == "Resize":
+        mode = node.attributes.get_string("mode", "nearest")
+        if mode not in ("nearest", "linear"):
+            return f"resize mode {mode} has no integer form"
+    return ""
+
+
+def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
+    """Constant bounds of a Clip; -inf or inf where there is none, None where not constant."""
+    bounds: list[float | None] = []
+    for index, missing in ((1, -np.inf), (2, np.inf)):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            bounds.append(missing)
+        elif value.const_value is None:
+            bounds.append(None)
+        else:
+            bounds.append(float(value.const_value.numpy().item()))
+    return bounds[0], bounds[1]
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT

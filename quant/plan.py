@@ -1,0 +1,236 @@
+"""QuantPlan: for every quantized tensor its format, scale and zero point.
+
+One plan, several emitters. PTQ and QAT both end in a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.graph import weight_input
+from compress.target import Capabilities, Role
+from quant.observers import HistogramObserver, RangeMethod, find_range
+from quant.placement import Placement
+from quant.quantizer import qparams_from_range, weight_qparams
+from quant.spec import QParams, QuantSpec
+
+_UNIT_RANGE = ("Sigmoid", "Softmax", "HardSigmoid")
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Everything an emitter needs besides the float graph.
+
+    Attributes:
+        roles: operators in int8, by site; see `compress.target.Role`.
+        activations: parameters by tensor name.
+        constants: parameters by initializer name.
+        float_outputs: int8 operators that write float32.
+        dynamic: operators whose activation range is computed at run time.
+        reasons: every other operator and why it stays float.
+    """
+
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    activations: Mapping[str, QParams] = field(default_factory=dict)
+    constants: Mapping[str, QParams] = field(default_factory=dict)
+    float_outputs: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; exact."""
+        return {
+            "roles": dict(self.roles),
+            "activations": {name: p.to_dict() for name, p in self.activations.items()},
+            "constants": {name: p.to_dict() for name, p in self.constants.items()},
+            "float_outputs": list(self.float_outputs),
+            "dynamic": list(self.dynamic),
+            "reasons": dict(self.reasons),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantPlan:
+        """The inverse of `to_dict`."""
+        return cls(
+            roles=dict(values["roles"]),
+            activations={n: QParams.from_dict(p) for n, p in values["activations"].items()},
+            constants={n: QParams.from_dict(p) for n, p in values["constants"].items()},
+            float_outputs=tuple(values["float_outputs"]),
+            dynamic=tuple(values["dynamic"]),
+            reasons=dict(values["reasons"]),
+        )
+
+
+def static_plan(
+    graph: ir.Graph,
+    placement: Placement,
+    observers: Mapping[str, HistogramObserver],
+    capabilities: Capabilities,
+    method: RangeMethod,
+    per_channel: bool = True,
+) -> QuantPlan:
+    """Ranges from observers, weights from the graph.
+
+    Args:
+        graph: the float graph that was observed.
+        placement: from `place` on the same graph.
+        observers: by tensor name, one at least for each group.
+        capabilities: integer types of the target.
+        method: how a range is chosen from a histogram.
+        per_channel: one weight scale for each output channel.
+    """
+    spec = QuantSpec(dtype=capabilities.activation, symmetric=capabilities.activation == "int8")
+    producers = {out.name: node for node in graph for out in node.outputs}
+    activations: dict[str, QParams] = {}
+    for group in placement.groups:
+        params = _group_params(group, producers, observers, spec, method)
+        activations |= dict.fromkeys(group, params)
+    for node in graph:
+        if node.name in placement.roles and node.op_type in ("HardSwish", "HardSigmoid"):
+            _fit_gate(node, activations)
+    constants = _constant_params(graph, placement, capabilities, per_channel)
+    _leave_room_for_bias(graph, placement, activations, constants)
+    return QuantPlan(
+        placement.roles,
+        activations,
+        constants,
+        placement.float_outputs,
+        reasons=placement.reasons,
+    )
+
+
+def dynamic_plan(graph: ir.Graph, placement: Placement, capabilities: Capabilities) -> QuantPlan:
+    """Weights in int8 without any data: matrix products with ranges at run time, convolutions
+    weight-only (int8 storage, float32 arithmetic)."""
+    roles: dict[str, Role] = {}
+    reasons = dict(placement.reasons)
+    dynamic = []
+    for node in graph:
+        name = node.name or ""
+        role = placement.roles.get(name)
+        if role == "matmul" and weight_input(node) is not None:
+            roles[name] = role
+            if node.op_type == "MatMul" and weight_input(node) == 1:
+                dynamic.append(name)
+            else:
+                reasons[name] = "weight-only: without calibration data it runs in float32"
+        elif role is not None:
+            reasons[name] = "without calibration data it runs in float32"
+    weights = Placement(roles, (), placement.constants, (), {})
+    constants = _constant_params(graph, weights, capabilities, per_channel=True)
+    return QuantPlan(roles, {}, constants, (), tuple(dynamic), reasons)
+
+
+def _group_params(
+    group: tuple[str, ...],
+    producers: Mapping[str | None, ir.Node],
+    observers: Mapping[str, HistogramObserver],
+    spec: QuantSpec,
+    method: RangeMethod,
+) -> QParams:
+    if all(name in producers and producers[name].op_type in _UNIT_RANGE for name in group):
+        return qparams_from_range(0.0, 1.0, spec)
+    seen = [observers[name] for name in group if name in observers]
+    merged = HistogramObserver(group[0], max(observer.bins for observer in seen))
+    for observer in seen:
+        merged.merge(observer)
+    low, high = find_range(merged, method, spec)
+    return qparams_from_range(low, high, spec)
+
+
+def _fit_gate(node: ir.Node, activations: dict[str, QParams]) -> None:
+    """Give a gate's input the scale at which relu6(x + 3) / 6 is a re-reading of its integers.
+
+    With x = s (q - z) and z = 3 / s the gate is s q / 6, saturated at the lower end by the
+    quantization of x itself; see `quant.emit.gate`. For HardSigmoid the range is [-3, 3].
+    """
+    source, out = node.inputs[0], node.outputs[0]
+    if source is None:
+        return
+    before = activations[source.name or ""]
+    if before.spec.dtype != "uint8":
+        return
+    if node.op_type == "HardSigmoid":
+        scale, zero_point = 6 / 255, 127
+        activations[out.name or ""] = QParams(before.spec, np.float32(1 / 255), np.uint8(0))
+    else:
+        high = float(before.scale) * (255 - int(before.zero_point))
+        zero_point = int(np.clip(765 // (max(high, 1e-3) + 3), 1, 254))
+        scale = 3 / zero_point
+    params = QParams(before.spec, np.float32(scale), np.uint8(zero_point))
+    activations[source.name or ""] = params
+
+
+def _constant_params(
+    graph: ir.Graph, placement: Placement, capabilities: Capabilities, per_channel: bool
+) -> dict[str, QParams]:
+    params: dict[str, QParams] = {}
+    for node in graph:
+        role = placement.roles.get(node.name or "")
+        for index, value in enumerate(node.inputs if role in ("matmul", "elementwise") else ()):
+            if value is None or value.name not in placement.constants or value.name in params:
+                continue
+            if value.const_value is None:
+                continue
+            array = value.const_value.numpy()
+            axis = None
+            if role == "matmul" and index == weight_input(node):
+                spec = QuantSpec(capabilities.weight, reduced=capabilities.reduced_weights)
+                axis = output_axis(node) if per_channel and capabilities.per_channel else None
+                if axis is not None:
+                    spec = QuantSpec(spec.dtype, reduced=spec.reduced, granularity="per_channel")
+                params[value.name] = weight_qparams(array, spec, axis)
+            else:
+                spec = QuantSpec(capabilities.activation, symmetric=False)
+                params[value.name] = qparams_from_range(array.min(), array.max(), spec)
+    return params
+
+
+def output_axis(node: ir.Node) -> int | None:
+    """Axis of the output channels in a node's weight; None where it has no such axis."""
+    index = weight_input(node)
+    weight = node.inputs[index] if index is not None else None
+    if weight is None or weight.const_value is None:
+        return None
+    match node.op_type:
+        case "Conv":
+            return 0
+        case "ConvTranspose":
+            return 1 if node.attributes.get_int("group", 1) == 1 else None
+        case "Gemm":
+            return 0 if node.attributes.get_int("transB", 0) else 1
+        case "MatMul":
+            rank = len(weight.const_value.shape)
+            return rank - 1 if index == 1 and rank == 2 else None
+        case _:
+            return None
+
+
+def _leave_room_for_bias(
+    graph: ir.Graph,
+    placement: Placement,
+    activations: Mapping[str, QParams],
+    constants: dict[str, QParams],
+) -> None:
+    """Widen weight scales so that bias / (s_x s_w) fits int32 (dead channels have tiny s_w)."""
+    for node in graph:
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        weight, source = (node.inputs[1], node.inputs[0]) if len(node.inputs) > 1 else (None, None)
+        if placement.roles.get(node.name or "") != "matmul" or bias is None or weight is None:
+            continue
+        if bias.const_value is None or source is None or weight.name not in constants:
+            continue
+        old = constants[weight.name]
+        s_x = float(activations[source.name or ""].scale)
+        floor = np.abs(bias.const_value.numpy().astype(np.float64)) / (s_x * (_INT32_MAX // 2))
+        if old.axis is None:
+            floor = floor.max(initial=0)
+        if np.any(floor > old.scale):
+            scale = np.maximum(old.scale, floor).astype(np.float32)
+            constants[weight.name] = QParams(old.spec, scale, old.zero_point, old.axis)

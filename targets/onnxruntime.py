@@ -1,0 +1,209 @@
+"""ONNX Runtime on the CPU: engine, optimized graph, profiler, and its facts about int8."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from compress.errors import EngineError
+from compress.model import Arrays, TensorSpec
+from compress.reference import run, session
+from compress.target import FusablePattern, Kernel, KernelTime
+
+_TRANSFORMER = "onnxruntime 1.31 QDQ selector-action transformer, read from its optimized graphs"
+_CONTRIB = "onnxruntime contrib operators (com.microsoft QLinear*), read from its optimized graphs"
+
+PATTERNS = (
+    FusablePattern("Conv", "matmul", _TRANSFORMER, max_rank=5),
+    FusablePattern("Gemm", "matmul", _TRANSFORMER, float_output=True),
+    FusablePattern("MatMul", "matmul", _TRANSFORMER, float_output=True),
+    FusablePattern("Add", "elementwise", _CONTRIB),
+    FusablePattern("Mul", "elementwise", _CONTRIB),
+    FusablePattern("Sigmoid", "unary", _CONTRIB),
+    FusablePattern("LeakyRelu", "unary", _CONTRIB),
+    FusablePattern("HardSwish", "unary", "integer form of quant.emit: Clip and QLinearMul"),
+    FusablePattern("HardSigmoid", "unary", "integer form of quant.emit: no kernel at all"),
+    FusablePattern("AveragePool", "pool", _CONTRIB),
+    FusablePattern("GlobalAveragePool", "pool", _CONTRIB),
+    FusablePattern("Concat", "concat", _CONTRIB),
+    FusablePattern("MaxPool", "same_scale", _TRANSFORMER),
+    FusablePattern("Reshape", "same_scale", _TRANSFORMER),
+    FusablePattern("Flatten", "same_scale", _TRANSFORMER),
+    FusablePattern("Squeeze", "same_scale", _TRANSFORMER),
+    FusablePattern("Unsqueeze", "same_scale", _TRANSFORMER),
+    FusablePattern("Transpose", "same_scale", _TRANSFORMER),
+    FusablePattern("Split", "same_scale", _TRANSFORMER),
+    FusablePattern("Gather", "same_scale", _TRANSFORMER),
+    FusablePattern("Resize", "same_scale", _TRANSFORMER),
+    FusablePattern("Slice", "integer", "ONNX Slice takes uint8; the transformer leaves it"),
+    FusablePattern("Pad", "integer", "ONNX Pad takes uint8; the transformer leaves it"),
+    FusablePattern("Relu", "activation", _TRANSFORMER),
+    FusablePattern("Clip", "activation", _TRANSFORMER),
+)
+
+_INT8_KERNELS = frozenset(
+    "QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger "
+    "DynamicQuantizeMatMul QLinearAdd QLinearMul QLinearSigmoid QLinearLeakyRelu QLinearConcat "
+    "QLinearAveragePool QLinearGlobalAveragePool QLinearSoftmax QLinearReduceMean "
+    "QLinearWhere QAttention".split()
+)
+_CONVERSIONS = frozenset("QuantizeLinear DequantizeLinear DynamicQuantizeLinear Cast".split())
+_MOVES = frozenset(
+    "Transpose Reshape Flatten Squeeze Unsqueeze ReorderInput ReorderOutput Concat Split Slice "
+    "Gather Expand Shape Pad Identity ConstantOfShape Resize".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """How a session runs.
+
+    Attributes:
+        threads: of one operator; 0 lets ONNX Runtime take all cores.
+    """
+
+    threads: int = 0
+
+
+@dataclass
+class OnnxRuntimeEngine:
+    """A session and what it was made from."""
+
+    name: str
+    graph_model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    settings: SessionSettings
+    outputs: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._session = session(self.graph_model, _options(self.settings), _PROVIDERS)
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Run once; ONNX Runtime's CPU provider is synchronous."""
+        return run(self._session, inputs)
+
+    def save(self, directory: Path) -> list[Path]:
+        """`model.onnx`, with `model.data` beside it where protobuf's limit demands."""
+        from compress.reference import save_onnx
+
+        return save_onnx(self.graph_model, directory / "model.onnx")
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The optimized graph as ONNX Runtime writes it."""
+        with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
+            path = Path(folder) / "optimized.onnx"
+            options = _options(self.settings)
+            options.optimized_model_filepath = str(path)
+            if _is_large(self.graph_model):
+                key = "session.optimized_model_external_initializers_file_name"
+                options.add_session_config_entry(key, "optimized.data")
+            session(self.graph_model, options, _PROVIDERS)
+            optimized = onnx.load(str(path), load_external_data=False)
+        sites = _site_names(self.graph_model)
+        return tuple(_kernel(node, sites) for node in optimized.graph.node)
+
+    def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
+        """Median time of each kernel under ONNX Runtime's profiler."""
+        with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
+            options = _options(self.settings)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            runtime = session(self.graph_model, options, _PROVIDERS)
+            for _ in range(runs + 3):
+                run(runtime, inputs)
+            events = json.loads(Path(runtime.end_profiling()).read_text())
+        return _kernel_times(events, _site_names(self.graph_model), runs)
+
+
+_PROVIDERS = ("CPUExecutionProvider",)
+
+
+def _options(settings: SessionSettings) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = settings.threads
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    return options
+
+
+def _is_large(graph_model: ir.Model) -> bool:
+    from compress.reference import initializer_bytes
+
+    return initializer_bytes(graph_model) > 1_000_000_000
+
+
+def _site_names(graph_model: ir.Model) -> dict[str, str]:
+    """Names that a fused kernel may carry -> site: its own, and that of its output tensor."""
+    names: dict[str, str] = {}
+    for node in graph_model.graph:
+        for out in node.outputs:
+            names[out.name or ""] = node.name or ""
+    for node in graph_model.graph:
+        names[node.name or ""] = node.name or ""
+    return names
+
+
+def _site(name: str, sites: Mapping[str, str]) -> str:
+    """The site of a kernel. ONNX Runtime appends `_token_7`, `_nchwc` and the like to names."""
+    while name:
+        if name in sites:
+            return sites[name]
+        shorter = re.sub(r"(_token_\d+|_nchwc|_quant|_[A-Za-z0-9]+|\.\d+)$", "", name)
+        if shorter == name:
+            return ""
+        name = shorter
+    return ""
+
+
+def _precision(op_type: str, is_integer: bool) -> str:
+    if op_type in _INT8_KERNELS:
+        return "int8"
+    if op_type in _CONVERSIONS:
+        return "convert"
+    if op_type in _MOVES:
+        return "move"
+    return "int8" if is_integer else "float32"
+
+
+def _kernel(node: onnx.NodeProto, sites: Mapping[str, str]) -> Kernel:
+    is_integer = node.op_type in ("MaxPool", "NhwcMaxPool", "Clip") and _reads_integers(node)
+    site = _site(node.name, sites)
+    return Kernel(node.name, node.op_type, _precision(node.op_type, is_integer), site)
+
+
+def _reads_integers(node: onnx.NodeProto) -> bool:
+    return node.op_type == "NhwcMaxPool"
+
+
+def _kernel_times(
+    events: list[dict[str, Any]], sites: Mapping[str, str], runs: int
+) -> tuple[KernelTime, ...]:
+    times: dict[str, list[float]] = defaultdict(list)
+    types: dict[str, str] = {}
+    for event in events:
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        name = event["name"].removesuffix("_kernel_time")
+        times[name].append(float(event["dur"]))
+        types[name] = event["args"]["op_name"]
+    if not times:
+        raise EngineError("ONNX Runtime's profiler returned no kernels; is the graph empty?")
+    return tuple(
+        KernelTime(
+            Kernel(name, types[name], _precision(types[name], types[name] == "NhwcMaxPool"), _site(name, sites)),
+            statistics.median(durations[-runs:]),
+        )
+        for name, durations in times.items()
+    )
