@@ -11,9 +11,9 @@ from typing import Any
 
 from compress.data import Data
 from compress.errors import UsageError
+from compress.fidelity import fidelity
 from compress.graph import Site
 from compress.latency import measure
-from compress.fidelity import fidelity
 from compress.max_drop import MaxDrop, parse_max_drop
 from compress.metrics import Evaluator, Score, paired_drop
 from compress.model import Arrays, Model

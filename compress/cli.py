@@ -45,8 +45,8 @@ def _root(
 ) -> None:
     """Make a trained model small and fast for one target, and prove it with measurements.
 
-    Exit codes: 0 done and within the budget, 1 budget not met, 2 wrong usage or input,
-    3 unexpected error, 130 stopped.
+    Exit codes: 0 done and within the budget, 1 budget not met or nothing faster found,
+    2 wrong usage or input, 3 unexpected error, 130 stopped.
     """
 
 
@@ -289,10 +289,16 @@ def profile(
     Kernels are what the target made of the model after its own fusions.
     """
     specs = _specs(inputs)
-    from compress import pipeline, render
+    from compress import profiling, render
 
-    report = pipeline.profile(
-        model, target=target, threads=threads, factory=factory, inputs=specs, runs=runs, trust_pickle=trust_pickle,
+    report = profiling.profile(
+        model,
+        target=target,
+        threads=threads,
+        factory=factory,
+        inputs=specs,
+        runs=runs,
+        trust_pickle=trust_pickle,
     )
     if out is not None:
         _write_json(out, report.to_dict())

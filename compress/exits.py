@@ -14,7 +14,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and one paragraph for an exception that ends a command."""
     match error:
         case KeyboardInterrupt():
-            return STOPPED, "Stopped, nothing was written."
+            return STOPPED, "Stopped; no artifact was written."
         case CompressError():
             return USAGE, f"Error: {error}"
         case OSError():

@@ -171,11 +171,13 @@ def _module_path(node: ir.Node) -> str | None:
     path = scopes[-2] if len(scopes) > 1 else ""
     if path and not path.startswith("_empty"):
         return path
+    if not scopes:
+        return None
     for value in node.inputs:
         # A program that was exported before has lost its module stack, not its weight names.
         if value is not None and value.const_value is not None and "." in (value.name or ""):
             return str(value.name).rpartition(".")[0]
-    return "" if scopes else None
+    return ""
 
 
 def _owns_weight(node: ir.Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.fx.node import map_aggregate
 
 from compress.errors import LoadError, UnsafeFileError, UnsupportedError
 from compress.exported_safety import clean_payloads, clean_program
-from compress.file_safety import clean_copy, load_weights_only, open_archive
+from compress.file_safety import clean_copy, load_weights_only, open_archive, quiet_readers
 from compress.inputs import complete_inputs
 from compress.model import DTYPES, TensorSpec
 
@@ -124,7 +123,7 @@ def _checked_pickle(archive: zipfile.ZipFile, entry: str, name: str) -> bytes:
     if not data:
         return b""
     try:
-        values = load_weights_only(Path(name), source=io.BytesIO(data))
+        values = load_weights_only(Path(name), data=data)
     except LoadError as error:
         raise UnsafeFileError(
             f"{name} is refused: {entry} inside it is not a plain pickle of tensors, and "
@@ -141,8 +140,7 @@ def _checked_pickle(archive: zipfile.ZipFile, entry: str, name: str) -> bytes:
 def _quietly(name: str, load: Callable[[], Any]) -> Any:
     # Whatever torch finds wrong with the file, by whatever exception, is one case to the user.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_readers():
             return load()
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

@@ -12,7 +12,7 @@ import numpy as np
 
 from compress.data import Batch, Data
 from compress.errors import EngineError
-from compress.model import Arrays, TensorSpec
+from compress.model import Arrays, TensorSpec, random_inputs
 from compress.progress import Progress, silent
 from compress.running import BATCH, batch_size, class_scores, run
 from compress.target import Engine
@@ -194,17 +194,9 @@ def _matched(expected: Arrays, got: Arrays, name: str) -> Arrays:
 
 
 def _random(inputs: Sequence[TensorSpec], samples: int, size: int, seed: int) -> Iterator[Batch]:
-    """Standard normal floats, and integers 0 or 1, as in `Model.example`."""
     rng = np.random.default_rng(seed)
     for start in range(0, samples, size):
-        count = min(size, samples - start)
-        arrays = {}
-        for spec in inputs:
-            shape = spec.concrete(count)
-            floats = spec.dtype.startswith("float")
-            values = rng.standard_normal(shape) if floats else rng.integers(0, 2, shape)
-            arrays[spec.name] = np.asarray(values).astype(spec.dtype)
-        yield Batch(arrays)
+        yield Batch(random_inputs(inputs, min(size, samples - start), rng))
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

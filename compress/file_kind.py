@@ -95,7 +95,7 @@ def file_kind(path: Path) -> FileKind:
             return "archive"
         if _is_safetensors(head, size):
             return "safetensors"
-        if head[0] == 0x80 and 2 <= head[1] <= 5:
+        if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             return "torch_legacy"
         return _text_kind(head) or _protobuf_kind(file, size)
 

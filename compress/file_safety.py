@@ -7,6 +7,8 @@ what has been checked is copied into a new archive, and only the copy is given t
 
 from __future__ import annotations
 
+import io
+import logging
 import pickletools
 import tempfile
 import warnings
@@ -19,6 +21,14 @@ from typing import IO, Any
 
 from compress.errors import LoadError, UnsafeFileError
 
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    UnicodeDecodeError,
+)
 _ZIP_SLACK_BYTES = 256 * 1024 * 1024
 _LARGEST_ZIP_RATIO = 20
 _CHUNK_BYTES = 1024 * 1024
@@ -38,7 +48,7 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             _check_entries(path, archive.infolist())
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+    except _ZIP_ERRORS as error:
         raise LoadError(
             f"{path.name} is a zip archive that is truncated or damaged ({error}); copy or "
             "download it again."
@@ -127,10 +137,10 @@ def _imports(file: IO[bytes]) -> Iterator[str]:
         return
 
 
-def load_weights_only(path: Path, *, source: IO[bytes] | None = None) -> Any:
+def load_weights_only(path: Path, *, data: bytes | None = None) -> Any:
     """Tensors, containers and modules made of torch.nn's own classes; nothing else.
 
-    `source` is an open file to read in place of `path`, which then only names it.
+    `data` are bytes to read in place of the file, which then only gives its name.
 
     Raises:
         UnsafeFileError: the pickle needs a class that is not allowed.
@@ -141,11 +151,10 @@ def load_weights_only(path: Path, *, source: IO[bytes] | None = None) -> Any:
     import torch
 
     try:
-        with torch.serialization.safe_globals(_allowed()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(source or path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_allowed()):
+            loaded = _torch_load(io.BytesIO(data) if data is not None else path.open("rb"), True)
     except pickle.UnpicklingError as error:
-        names = pickled_names(path) if source is None else ()
+        names = pickled_names(path) if data is None else ()
         culprit = next((name for name in names if name in str(error)), "")
         if not culprit:
             raise LoadError(_damaged(path, error)) from error
@@ -168,14 +177,34 @@ def load_trusted(path: Path) -> Any:
     Raises:
         LoadError: the file is damaged, or a class that it needs cannot be imported.
     """
+    try:
+        return _torch_load(path.open("rb"), False)
+    except Exception as error:
+        raise LoadError(_damaged(path, error)) from error
+
+
+def _torch_load(file: IO[bytes], weights_only: bool) -> Any:
+    """`torch.load` of an open file: given a path, it would go by the extension."""
     import torch
 
+    with file, quiet_readers():
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
+
+
+@contextmanager
+def quiet_readers() -> Iterator[None]:
+    """Without warnings and log lines about a file: what matters becomes an error."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise LoadError(_damaged(path, error)) from error
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from compress.model import Model
 
 
-
 @dataclass(frozen=True)
 class Site:
     """One operator that a decision can be taken about.
@@ -76,7 +75,7 @@ def graph_sites(graph_model: ir.Model) -> tuple[Site, ...]:
                 weight=_weight_shape(node),
                 macs=_macs(node, shapes),
                 parameters=_parameters(node, counted),
-                live_bytes=live[node.name or ""],
+                live_bytes=live[id(node)],
             )
         )
     return tuple(found)
@@ -170,7 +169,7 @@ def _macs(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:
             return 0
 
 
-def _live_bytes(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def _live_bytes(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
     """Bytes of activations alive while each node runs."""
     nodes = list(graph)
     last_use: dict[str, int] = {}
@@ -187,9 +186,9 @@ def _live_bytes(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> dict[str
         return math.ceil(math.prod(map(abs, shapes[value.name])) * value.dtype.itemsize)
 
     alive = {value.name or "": size(value) for value in graph.inputs}
-    result: dict[str, int] = {}
+    result: dict[int, int] = {}
     for index, node in enumerate(nodes):
         alive |= {out.name or "": size(out) for out in node.outputs}
-        result[node.name or ""] = sum(alive.values())
+        result[id(node)] = sum(alive.values())
         alive = {name: n for name, n in alive.items() if last_use.get(name, -1) > index}
     return result

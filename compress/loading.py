@@ -11,9 +11,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from compress.errors import LoadError, MissingExtraError, UnsupportedError, UsageError
+from compress.errors import (
+    CompressError,
+    LoadError,
+    MissingExtraError,
+    UnsupportedError,
+    UsageError,
+)
 from compress.file_kind import DESCRIPTIONS, FileKind, file_kind
 from compress.inputs import EXAMPLE, complete_inputs, missing_inputs, pair_inputs, parse_inputs
 from compress.model import Model, Step, TensorSpec
@@ -23,6 +29,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+Source: TypeAlias = (
+    "str | Path | torch.nn.Module | torch.export.ExportedProgram | onnx.ModelProto | ir.Model"
+    " | Model"
+)
 Loaded = tuple[Any, tuple[TensorSpec, ...], str]
 _WEIGHT_FILES: tuple[FileKind, ...] = ("torch", "torch_legacy", "safetensors")
 _EXPECTED = (
@@ -32,7 +42,7 @@ _EXPECTED = (
 
 
 def load(
-    source: str | Path | torch.nn.Module | onnx.ModelProto | ir.Model | Model | None,
+    source: Source | None,
     *,
     factory: str | None = None,
     inputs: Sequence[str | TensorSpec] = (),
@@ -122,25 +132,43 @@ def _load_file(
             f"{path.name} is {DESCRIPTIONS[kind]}, which holds its own architecture; leave "
             "--model out, or give a file of weights."
         )
-    if kind in _WEIGHT_FILES:
-        from compress.weights import load_weights
-
-        loaded = _module(load_weights(path, kind, factory, trust_pickle), path.name, given)
-    elif kind == "export":
-        from compress.exported import load_exported
-
-        loaded = load_exported(path, given)
-    elif kind == "torchscript":
-        from compress.torchscript import load_torchscript
-
-        loaded = load_torchscript(path, given)
-    else:
-        from compress.onnx_file import load_onnx
-
-        loaded = load_onnx(path, path.name, given)
+    try:
+        loaded = _read(path, kind, factory, given, trust_pickle)
+    except CompressError:
+        raise
+    # The last of several nets: a damaged file can make a reader raise anything at all.
+    except Exception as error:
+        raise LoadError(
+            f"{path.name} is {DESCRIPTIONS[kind]} that cannot be used ({type(error).__name__}: "
+            f"{error}); it is damaged, or written by something that is not known here."
+        ) from error
     what = DESCRIPTIONS[kind].removeprefix("a ").removeprefix("an ")
     phrase = f"{what} {path.name} ({path.stat().st_size / 1e6:.1f} MB)"
     return _model(loaded, path.stem, f"{phrase} in {factory}" if factory else phrase, _hash(path))
+
+
+def _read(
+    path: Path,
+    kind: FileKind,
+    factory: str | None,
+    given: tuple[TensorSpec, ...],
+    trust_pickle: bool,
+) -> Loaded:
+    if kind in _WEIGHT_FILES:
+        from compress.weights import load_weights
+
+        return _module(load_weights(path, kind, factory, trust_pickle), path.name, given)
+    if kind == "export":
+        from compress.exported import load_exported
+
+        return load_exported(path, given)
+    if kind == "torchscript":
+        from compress.torchscript import load_torchscript
+
+        return load_torchscript(path, given)
+    from compress.onnx_file import load_onnx
+
+    return load_onnx(path, path.name, given)
 
 
 def _known_kind(path: Path) -> FileKind:

@@ -1,4 +1,4 @@
-"""What was lost: accuracy with labels, and fidelity to the original without.
+"""What was lost: accuracy on labelled data, or the score that a function of the user gives.
 
 Everything runs on engines, so the figures are those of the artifact in its own runtime. Drops
 are paired: the same samples before and after, because a standard error of two separate
@@ -17,28 +17,11 @@ import numpy as np
 
 from compress.data import Data, Layout, load_data
 from compress.errors import CompressError, DataError
-from compress.fidelity import Fidelity, OutputFidelity, fidelity
-from compress.max_drop import MaxDrop, parse_max_drop
 from compress.model import TensorSpec
 from compress.progress import Progress, silent
 from compress.running import BATCH, batch_size, class_scores, run
 from compress.sources import import_function, is_function_name
 from compress.target import Engine
-
-__all__ = [
-    "Accuracy",
-    "Drop",
-    "Evaluator",
-    "Fidelity",
-    "MaxDrop",
-    "OutputFidelity",
-    "Score",
-    "fidelity",
-    "paired_drop",
-    "parse_max_drop",
-    "resolve_evaluator",
-    "top1",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +110,9 @@ class Evaluator:
     source: Data | Callable[[Engine], Any]
 
     @property
-    def sha256(self) -> str:
-        """Hash of the data, "" for a function."""
-        return "" if callable(self.source) else self.source.sha256
+    def data(self) -> Data | None:
+        """The labelled samples, None for a function."""
+        return None if callable(self.source) else self.source
 
     def __call__(self, engine: Engine, progress: Progress = silent) -> Score:
         """The engine's score.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +87,17 @@ def _is_shape(text: str) -> bool:
     return re.fullmatch(rf"{size}(?:x{size})*", text) is not None
 
 
+def random_inputs(specs: Iterable[TensorSpec], batch: int, rng: np.random.Generator) -> Arrays:
+    """Standard normal floats, and integers 0 or 1 (a legal index into any table of two)."""
+    arrays: Arrays = {}
+    for spec in specs:
+        shape = spec.concrete(batch)
+        floats = spec.dtype.startswith("float")
+        values = rng.standard_normal(shape) if floats else rng.integers(0, 2, shape)
+        arrays[spec.name] = np.asarray(values).astype(spec.dtype)
+    return arrays
+
+
 @dataclass(frozen=True)
 class Step:
     """One entry of a model's history: what was applied, with which options, and what it found."""
@@ -148,20 +159,11 @@ class Model:
         )
 
     def example(self, batch: int | None = None, seed: int = 0) -> Arrays:
-        """Random inputs of the right shapes and types, for shapes, export checks and latency.
+        """Random inputs for shapes, export checks and latency; never for calibration.
 
-        Floats are standard normal, integers 0 or 1 (a legal index into any table of two).
-        They are never used for calibration. `batch` defaults to the model's own batch size.
+        A dynamic batch becomes `batch`, by default 1.
         """
-        rng = np.random.default_rng(seed)
-        arrays: Arrays = {}
-        for spec in self.inputs:
-            shape = spec.concrete(batch or 1)
-            if spec.dtype.startswith("float"):
-                arrays[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
-            else:
-                arrays[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
-        return arrays
+        return random_inputs(self.inputs, batch or 1, np.random.default_rng(seed))
 
     def evolve(self, program: torch.nn.Module | ir.Model, step: Step) -> Model:
         """The same model with another program and one more step in its history."""

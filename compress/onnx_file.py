@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
 
 from compress.errors import LoadError, UnsafeFileError, UnsupportedError, UsageError
+from compress.file_safety import quiet_readers
 from compress.inputs import complete_inputs, missing_inputs, pair_inputs
 from compress.model import DTYPES, TensorSpec
 
@@ -37,7 +38,7 @@ def load_onnx(
     if isinstance(source, ir.Model):
         model = source.clone()
     elif isinstance(source, Path):
-        model = _attempt(name, "read", lambda: ir.load(source))
+        model = _attempt(name, "read", lambda: ir.load(source, format="protobuf"))
         _check_external(model, source.parent, name)
         _attempt(name, "accepted", lambda: onnx.checker.check_model(source))
     else:
@@ -56,7 +57,8 @@ def load_onnx(
 def _attempt(name: str, verb: str, action: Callable[[], Any]) -> Any:
     # protobuf, onnx and onnx_ir each have their own exceptions for the same thing.
     try:
-        return action()
+        with quiet_readers():
+            return action()
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise LoadError(

@@ -19,17 +19,17 @@ import numpy as np
 from compress import artifact
 from compress.candidates import Limits, Measured, choose, measure_candidates
 from compress.data import Data, load_data
-from compress.errors import EngineError, UnsupportedError, UsageError
+from compress.errors import EngineError, UsageError
 from compress.export import to_onnx
 from compress.graph import graph_sites
 from compress.loading import load
 from compress.machine import fingerprint, this_machine, versions
 from compress.metrics import Evaluator, resolve_evaluator
-from compress.model import Model, Step, TensorSpec
+from compress.model import Model, Step, TensorSpec, random_inputs
 from compress.passes import Context
 from compress.progress import Progress, silent
 from compress.recipe import Recipe, default_passes
-from compress.registry import create_target
+from compress.registry import create_target, require_target
 from compress.report import Report
 from compress.target import Engine, Target
 
@@ -119,7 +119,7 @@ def run(
     settings = _Settings.resolve(given, read)
     passes = read.passes if read is not None else default_passes(bits, method, samples)
     destination = create_target(settings.target, threads=settings.threads)
-    _check_target(destination)
+    require_target(destination)
     with clock.phase("load"):
         original = load(
             settings.model,
@@ -205,7 +205,12 @@ class _Settings:
     @classmethod
     def resolve(cls, given: dict[str, Any], recipe: Recipe | None) -> _Settings:
         values = dict(recipe.settings) if recipe is not None else {}
-        values |= {name: v for name, v in given.items() if v is not None and v != ()}
+        empty: tuple[object, ...] = ((), [])
+        values |= {
+            name: value
+            for name, value in given.items()
+            if value is not None and not (isinstance(value, (tuple, list)) and value in empty)
+        }
         settings = cls(**values)
         if settings.model is None and settings.factory is None:
             raise UsageError(
@@ -243,13 +248,6 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
-def _check_target(target: Target) -> None:
-    check = target.check()
-    if not check.available:
-        install = f" Install it with: {check.install}." if check.install else ""
-        raise UnsupportedError(f"Target {target.name} cannot be used here: {check.reason}{install}")
 
 
 def _read_data(settings: _Settings, model: Model) -> tuple[Data | None, Evaluator | None]:
@@ -330,7 +328,9 @@ def _describe_model(original: Model, exported: Model) -> dict[str, Any]:
 
 def _describe_target(target: Target) -> dict[str, Any]:
     facts = target.capabilities
-    options = dataclasses.asdict(target) if dataclasses.is_dataclass(target) else {}  # type: ignore[arg-type]
+    options: dict[str, Any] = {}
+    if dataclasses.is_dataclass(target) and not isinstance(target, type):
+        options = dataclasses.asdict(target)
     return {
         "name": target.name,
         "options": options,
@@ -382,7 +382,7 @@ def _check_loads(target: Target, folder: Path, engine: Engine) -> None:
     Raises:
         EngineError: it does not load, or its outputs differ.
     """
-    inputs = _example(engine)
+    inputs = random_inputs(engine.inputs, 1, np.random.default_rng(0))
     expected, got = engine(inputs), target.load(folder)(inputs)
     for name, array in expected.items():
         if name not in got or not np.array_equal(array, got[name], equal_nan=True):
@@ -390,74 +390,3 @@ def _check_loads(target: Target, folder: Path, engine: Engine) -> None:
                 f"The written artifact does not reproduce output {name} of the engine that was "
                 f"measured. Nothing was kept; please report the model."
             )
-
-
-def _example(engine: Engine) -> dict[str, np.ndarray]:
-    return Model(program=None, inputs=engine.inputs, name=engine.name).example()  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class ProfileReport:
-    """Time per fused kernel of one model on one target.
-
-    Attributes:
-        model: its name.
-        target: the target's name.
-        threads: of one operator.
-        rows: kernel, op_type, precision, site, p50_us, share (0..1), macs, gmacs_per_second.
-    """
-
-    model: str
-    target: str
-    threads: int | str
-    rows: tuple[Mapping[str, Any], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
-
-
-def profile(
-    model: Any,
-    *,
-    target: str = "cpu",
-    threads: int | None = None,
-    factory: str | None = None,
-    inputs: Sequence[str | TensorSpec] = (),
-    runs: int = 20,
-    trust_pickle: bool = False,
-) -> ProfileReport:
-    """Time per kernel after the runtime's own fusions, in order of execution.
-
-    The runtime's profiler adds some time to every kernel, most visibly to small ones: read
-    shares here, and latency from `compress bench`.
-    """
-    destination = create_target(target, threads=threads)
-    _check_target(destination)
-    if isinstance(model, (str, Path)) and Path(model).is_dir():
-        engine = artifact.load(model, threads=threads)
-        graph_model = load(Path(model) / "model.onnx").graph_model
-        name = Path(model).name
-    else:
-        loaded = load(model, factory=factory, inputs=tuple(inputs), trust_pickle=trust_pickle)
-        exported = to_onnx(loaded, destination.capabilities.opset)
-        engine, graph_model, name = destination.build(exported), exported.graph_model, loaded.name
-    macs = {site.name: site.macs for site in graph_sites(graph_model)}
-    times = engine.profile(_example(engine), runs)
-    total = sum(one.p50_us for one in times) or 1.0
-    rows = []
-    for one in times:
-        count = macs.get(one.kernel.site, 0)
-        rows.append(
-            {
-                "kernel": one.kernel.name,
-                "op_type": one.kernel.op_type,
-                "precision": one.kernel.precision,
-                "site": one.kernel.site,
-                "p50_us": one.p50_us,
-                "share": one.p50_us / total,
-                "macs": count,
-                "gmacs_per_second": count / one.p50_us / 1e3 if one.p50_us else 0.0,
-            }
-        )
-    return ProfileReport(name, destination.name, threads or "all", tuple(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,18 +17,8 @@ class Tracker(Protocol):
 class Progress(Protocol):
     """Opens a tracker for one long step; leaving the context ends the step."""
 
-    def __call__(self, title: str, total: float | None = None) -> TrackerContext:
+    def __call__(self, title: str, total: float | None = None) -> AbstractContextManager[Tracker]:
         """`total` in units of the tracker's `advance`; None where nobody knows."""
-
-
-class TrackerContext(Protocol):
-    """What `with progress(...) as advance` needs."""
-
-    def __enter__(self) -> Tracker:
-        """Start the step."""
-
-    def __exit__(self, *exc: object) -> bool | None:
-        """End the step."""
 
 
 def _ignore(advance: float = 1, note: str = "") -> None:
@@ -64,7 +54,10 @@ def terminal(title: str, total: float | None = None) -> Iterator[Tracker]:
         task = live.add_task(title, total=total, note="")
 
         def advance(advance: float = 1, note: str = "") -> None:
-            live.update(task, advance=advance, **({"note": note} if note else {}))
+            if note:
+                live.update(task, advance=advance, note=note)
+            else:
+                live.update(task, advance=advance)
 
         yield advance
         if total is not None:

@@ -10,7 +10,7 @@ import difflib
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, cast
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UnsupportedError, UsageError
 from compress.passes import Pass
 from compress.target import Target
 
@@ -37,6 +37,18 @@ def available(group: Group) -> dict[str, EntryPoint]:
 def create_target(name: str, **options: Any) -> Target:
     """The target called `name`, with its dataclass fields set from `options`."""
     return cast("Target", _create("compress.targets", "target", name, options))
+
+
+def require_target(target: Target) -> None:
+    """Refuse a target that cannot be used here.
+
+    Raises:
+        UnsupportedError: with the reason and the install line.
+    """
+    check = target.check()
+    if not check.available:
+        install = f" Install it with: {check.install}." if check.install else ""
+        raise UnsupportedError(f"Target {target.name} cannot be used here: {check.reason}{install}")
 
 
 def create_pass(name: str, **options: Any) -> Pass:

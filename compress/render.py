@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from compress.graph import Site
     from compress.latency import Comparison
     from compress.model import Model
-    from compress.pipeline import ProfileReport
+    from compress.profiling import ProfileReport
     from compress.side_by_side import SideBySide
 
 PIPED_WIDTH = 140

@@ -85,16 +85,17 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> str:
 
 def _scaled(conv: ir.Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """The weight with every output channel multiplied by its scale."""
+    factors = scale
     if conv.op_type == "Conv":  # (Co, Ci/g, *k)
-        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    if conv.op_type == "ConvTranspose":  # (Ci, Co/g, *k): channel o belongs to group o // (Co/g)
+        factors = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    elif conv.op_type == "ConvTranspose":  # (Ci, Co/g, *k): channel o is in group o // (Co/g)
         groups = conv.attributes.get_int("group", 1)
-        grouped = weight.reshape(groups, -1, *weight.shape[1:])
-        factors = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
-        return (grouped * factors).reshape(weight.shape)
-    if conv.attributes.get_int("transB", 0):  # Gemm, (out, in)
-        return weight * scale[:, None]
-    return weight * scale  # Gemm, (in, out)
+        per_group = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+        factors = np.repeat(per_group, weight.shape[0] // groups, 1)
+        factors = factors.reshape(weight.shape[0], -1, *[1] * (weight.ndim - 2))
+    elif conv.attributes.get_int("transB", 0):  # Gemm, (out, in); else (in, out)
+        factors = scale[:, None]
+    return np.asarray(weight * factors)
 
 
 @dataclass(frozen=True)
@@ -172,18 +173,12 @@ def _pool(graph: ir.Graph, node: ir.Node) -> None:
     pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
     nodes = [pool]
     if not node.attributes.get_int("keepdims", 1):
-        nodes.append(ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}/Flatten"))
-        pool.outputs[0].name = f"{out.name}/pooled"
-        pool.outputs[0].dtype = out.dtype
+        pooled = pool.outputs[0]
+        nodes.append(ir.node("Flatten", [pooled], {"axis": 1}, name=f"{node.name}/Flatten"))
+        pooled.name, pooled.type = f"{out.name}/pooled", out.type
         if out.shape is not None:
-            pool.outputs[0].shape = ir.Shape([*out.shape, 1, 1])
-    last = nodes[-1].outputs[0]
-    last.shape, last.dtype = out.shape, out.dtype
-    graph.insert_before(node, nodes)
-    name = out.name
-    convenience.replace_all_uses_with(out, last, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    last.name = name
+            pooled.shape = ir.Shape([*out.shape, 1, 1])
+    replace_node(graph, node, nodes)
 
 
 def check_equal(model: Model, expected: Arrays) -> dict[str, float]:
@@ -238,6 +233,17 @@ def replace_constant(
     if index == len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
+
+
+def replace_node(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:
+    """Put `new` where `node` is; the output of the last stands for the node's first output."""
+    out, last = node.outputs[0], new[-1].outputs[0]
+    last.shape, last.type = out.shape, out.type
+    graph.insert_before(node, new)
+    name = out.name
+    convenience.replace_all_uses_with(out, last, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    last.name = name
 
 
 def bypass(graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:

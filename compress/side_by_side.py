@@ -17,7 +17,7 @@ from compress.errors import UsageError
 from compress.fidelity import Fidelity, fidelity
 from compress.latency import Comparison, measure
 from compress.metrics import Drop, Score, paired_drop, resolve_evaluator
-from compress.model import Arrays, TensorSpec
+from compress.model import random_inputs
 from compress.progress import Progress, silent
 from compress.target import Engine
 
@@ -127,19 +127,7 @@ def _call(name: str, engine: Engine, batch: int, seed: int) -> Callable[[], obje
             f"{name} has a fixed batch ({shapes}), so --batch {batch} does not fit. Leave --batch "
             f"out, or export the model with a dynamic batch."
         )
-    return partial(engine, _random_inputs(engine.inputs, batch, seed))
-
-
-def _random_inputs(specs: Sequence[TensorSpec], batch: int, seed: int) -> Arrays:
-    """Standard normal floats and integers 0 or 1: latency of dense kernels ignores the values."""
-    rng = np.random.default_rng(seed)
-    arrays: Arrays = {}
-    for spec in specs:
-        shape = spec.concrete(batch)
-        floats = spec.dtype.startswith("float")
-        values = rng.standard_normal(shape) if floats else rng.integers(0, 2, shape)
-        arrays[spec.name] = np.asarray(values).astype(spec.dtype)
-    return arrays
+    return partial(engine, random_inputs(engine.inputs, batch, np.random.default_rng(seed)))
 
 
 def _check_inputs(names: Sequence[str], before: Engine, after: Engine) -> None:

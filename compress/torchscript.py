@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import re
-import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import torch
 
 from compress.errors import LoadError, UnsafeFileError, UnsupportedError
 from compress.exported import to_float32
-from compress.file_safety import clean_copy, open_archive
+from compress.file_safety import clean_copy, open_archive, pickled_names, quiet_readers
 from compress.inputs import missing_inputs, pair_inputs
 from compress.model import BATCH, Model, TensorSpec
 
@@ -30,6 +27,7 @@ _UNSAFE_WORDS = re.compile(
 _NAMESPACE = re.compile(rf"\bops\b{_GAP}(?:\.{_GAP}(\w+))?")
 _CUSTOM_CLASS = re.compile(rf"\btorch{_GAP}\.{_GAP}classes\b")
 _ATTRIBUTE_NAME = re.compile(rf"\b__annotations__{_GAP}\[{_GAP}([\"'][^\]]*)\]")
+_ENTRIES = {"data.pkl", "constants.pkl", "version", "byteorder", ".data/version"}
 _PURE_NAMESPACES = {"prim", "aten"}
 _NAME = re.compile(r"\w+(?:\.\w+)*", re.ASCII)
 _TOLERANCE = 1e-4
@@ -45,17 +43,20 @@ def load_torchscript(
         LoadError: it is damaged, or its conversion computes something else.
         UsageError: `given` does not fit its forward.
     """
+    for name in pickled_names(path):
+        if _CUSTOM_CLASS.search(name):
+            raise _refuse(path.name, name)
     with open_archive(path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         contents: dict[str, str | bytes] = {}
         for info in archive.infolist():
-            if info.is_dir():
-                continue
-            if info.filename.endswith(".py"):
-                _check_code(_text(archive, info.filename, path.name), path.name)
             inner = info.filename.removeprefix(f"{root}/")
-            if not inner.startswith("extra/") and not inner.endswith(".debug_pkl"):
-                contents[f"model/{inner}"] = info.filename
+            # By exact names: torch's own reader takes no notice of upper and lower case.
+            if inner.startswith("code/") and inner.endswith(".py"):
+                _check_code(_text(archive, info.filename, path.name), path.name)
+            elif inner not in _ENTRIES and not re.fullmatch(r"(data|constants)/\w+", inner):
+                continue
+            contents[f"model/{inner}"] = info.filename
         with clean_copy(archive, contents) as copy:
             script = _load(copy.read(), path.name)
     return convert_script(script, path.name, given)
@@ -94,8 +95,7 @@ def _refuse(name: str, what: str) -> UnsafeFileError:
 
 def _load(data: bytes, name: str) -> torch.jit.ScriptModule:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_readers():
             script: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
                 io.BytesIO(data), map_location="cpu"
             )
@@ -194,7 +194,7 @@ def _run(module: Any, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
 def _convert(script: torch.jit.ScriptModule, example: tuple[torch.Tensor, ...]) -> torch.nn.Module:
     from torch._export.converter import TS2EPConverter
 
-    with _silent():
+    with quiet_readers():
         program = TS2EPConverter(script, example).convert()
         module = program.module(check_guards=False)
     del module.train, module.eval
@@ -203,19 +203,6 @@ def _convert(script: torch.jit.ScriptModule, example: tuple[torch.Tensor, ...]) 
     _restore_parameters(module, script)
     _restore_module_stack(module, script)
     return module.eval()
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _restore_parameters(module: torch.fx.GraphModule, script: torch.jit.ScriptModule) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.convenience as convenience
 
-from compress.rewrites import remove_unused
+from compress.rewrites import remove_unused, replace_node
 from quant.placement import clip_bounds
 from quant.plan import QuantPlan
 from quant.quantizer import quantize
@@ -160,7 +160,7 @@ class _Emitter:
             clipped = self.node("Clip", [q, low, high], f"{name}/clip", params, source)
             self.insert_before(node, clipped)
             q = clipped
-        factor = QParams(params.spec, np.float32(float(params.scale) / 6), np.uint8(0))
+        factor = QParams(params.spec, np.asarray(float(params.scale) / 6), np.asarray(0))
         scale, zero = self.scale_and_zero(f"{name}/gate", factor)
         gate = self.node("DequantizeLinear", [q, scale, zero], f"{name}/gate", None, out)
         self.insert_before(node, gate)
@@ -170,11 +170,7 @@ class _Emitter:
             self.integers[gate.name or ""] = q
             return
         product = ir.node("Mul", [source, gate], name=name)
-        product.outputs[0].dtype, product.outputs[0].shape = out.dtype, out.shape
-        self.graph.insert_before(node, product)
-        convenience.replace_all_uses_with(out, product.outputs[0], replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
-        product.outputs[0].name = out.name
+        replace_node(self.graph, node, [product])
         self.quantize_tensor(product.outputs[0], produced=True)
 
     def constant_operands(self, node: ir.Node) -> None:
@@ -201,7 +197,9 @@ class _Emitter:
         name = f"{node.name}/bias"
         stored = self.constant(f"{name}_int32", integers)
         axis = None if scale.ndim == 0 else 0
-        node.replace_input_with(2, self.dequantized(stored, scale, np.zeros_like(scale, np.int32), axis, name))
+        node.replace_input_with(
+            2, self.dequantized(stored, scale, np.zeros_like(scale, np.int32), axis, name)
+        )
         self.drop_if_unused(bias)
 
     def stored(self, value: ir.Value, params: QParams) -> ir.Value:
@@ -217,7 +215,11 @@ class _Emitter:
     def dequantized(
         self, integers: ir.Value, scale: np.ndarray, zero: np.ndarray, axis: int | None, name: str
     ) -> ir.Value:
-        inputs = [integers, self.constant(f"{name}/scale", scale), self.constant(f"{name}/zero", zero)]
+        inputs = [
+            integers,
+            self.constant(f"{name}/scale", scale),
+            self.constant(f"{name}/zero", zero),
+        ]
         attributes = {} if axis is None else {"axis": axis}
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/dq")
         out = node.outputs[0]
@@ -231,7 +233,7 @@ class _Emitter:
         x is quantized by DynamicQuantizeLinear, multiplied as integers, and scaled back by
         s_x s_w (ONNX Runtime fuses the four operators into DynamicQuantizeMatMul).
         """
-        source, weight, out = node.inputs[0], node.inputs[1], node.outputs[0]
+        source, weight = node.inputs[0], node.inputs[1]
         if source is None or weight is None or weight.const_value is None:
             return
         params = self.plan.constants[weight.name or ""]
@@ -250,11 +252,7 @@ class _Emitter:
         nodes = [quantized, product, cast, scales, scaled]
         for new in nodes[1:]:
             new.outputs[0].name = f"{new.name}/out"
-        scaled.outputs[0].dtype, scaled.outputs[0].shape = out.dtype, out.shape
-        self.graph.insert_before(node, nodes)
-        convenience.replace_all_uses_with(out, scaled.outputs[0], replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
-        scaled.outputs[0].name = out.name
+        replace_node(self.graph, node, nodes)
         self.drop_if_unused(weight)
 
     def scale_and_zero(self, name: str, params: QParams) -> tuple[ir.Value, ir.Value]:
@@ -306,8 +304,8 @@ class _Emitter:
         new.name = name
 
     def drop_if_unused(self, value: ir.Value) -> None:
-        if not value.uses() and value.name in self.graph.initializers:
-            self.graph.initializers.pop(value.name)
+        if not value.uses():
+            self.graph.initializers.pop(value.name or "", None)
 
 
 def integer_limits(bounds: tuple[float, float], params: QParams) -> dict[str, np.ndarray] | None:

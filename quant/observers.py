@@ -48,6 +48,11 @@ class HistogramObserver:
     """
 
     def __init__(self, name: str = "", bins: int = 2048) -> None:
+        if bins < 0 or bins == 1:
+            raise UsageError(
+                f"An observer cannot have {bins} bins. Use 2048; 0 to keep the range only; at "
+                "least 2 otherwise, one for either sign."
+            )
         self.name = name
         self.bins = bins
         self.low = math.inf

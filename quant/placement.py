@@ -156,12 +156,12 @@ class _Placer:
             activations = activations[:1]
         for value in activations:
             self.join(value)
-        for index, value in enumerate(node.inputs):
+        for index, operand in enumerate(node.inputs):
             # A bias is no operand of its own: its scale follows from the others.
-            if value is None or value.const_value is None or pattern.role in MOVES:
+            if operand is None or operand.const_value is None or pattern.role in MOVES:
                 continue
             if pattern.role == "elementwise" or index == weight_input(node):
-                self.constants[value.name or ""] = None
+                self.constants[operand.name or ""] = None
         outputs = list(node.outputs)
         if pattern.float_output and not any(self.leads_to_matmul(out) for out in outputs):
             self.float_outputs[name] = None

@@ -107,7 +107,8 @@ def static_plan(
 
 def dynamic_plan(graph: ir.Graph, placement: Placement, capabilities: Capabilities) -> QuantPlan:
     """Weights in int8 without any data: matrix products with ranges at run time, convolutions
-    weight-only (int8 storage, float32 arithmetic)."""
+    weight-only (int8 storage, float32 arithmetic).
+    """
     roles: dict[str, Role] = {}
     reasons = dict(placement.reasons)
     dynamic = []
@@ -158,12 +159,12 @@ def _fit_gate(node: ir.Node, activations: dict[str, QParams]) -> None:
         return
     if node.op_type == "HardSigmoid":
         scale, zero_point = 6 / 255, 127
-        activations[out.name or ""] = QParams(before.spec, np.float32(1 / 255), np.uint8(0))
+        activations[out.name or ""] = QParams(before.spec, np.asarray(1 / 255), np.asarray(0))
     else:
         high = float(before.scale) * (255 - int(before.zero_point))
         zero_point = int(np.clip(765 // (max(high, 1e-3) + 3), 1, 254))
         scale = 3 / zero_point
-    params = QParams(before.spec, np.float32(scale), np.uint8(zero_point))
+    params = QParams(before.spec, np.asarray(scale), np.asarray(zero_point))
     activations[source.name or ""] = params
 
 

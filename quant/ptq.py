@@ -111,9 +111,7 @@ class Quantize:
             progress=context.progress,
         )
         graph = model.graph_model.graph
-        return static_plan(
-            graph, placement, observers, capabilities, self.method, self.per_channel
-        )
+        return static_plan(graph, placement, observers, capabilities, self.method, self.per_channel)
 
     def _calibration(self, context: Context, model: Model) -> tuple[Data | None, str]:
         if context.calibration is not None:

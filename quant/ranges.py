@@ -65,7 +65,7 @@ def _candidates(edges: np.ndarray) -> np.ndarray:
         return np.zeros(1)
     last = edges.size - 1
     steps = np.concatenate([np.linspace(0, last, 64), np.geomspace(1, last + 1, 32) - 1])
-    return edges[np.unique(np.rint(steps).astype(np.intp))]
+    return np.asarray(edges[np.unique(np.rint(steps).astype(np.intp))])
 
 
 def _symmetric_candidates(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,10 @@ ZeroQ (Cai et al. 2020, arXiv 2001.00281, section 3.1): optimise a noise batch u
 deviation at every BatchNorm's input match the running ones. Two things differ from the paper:
 differences are taken relative to the running deviation, so that no layer outweighs the others by
 its scale, and the optimisation is short, since ranges need far less than sensitivities do.
+
+As in the paper, inputs are taken to be normalized. BatchNorm statistics hardly tell the scale of
+the input (noise of the wrong scale fits MLPerf Tiny's ResNet-8, which takes 0 to 255, no worse
+than noise of the right one), so a model that takes raw pixels needs real calibration data.
 """
 
 from __future__ import annotations
@@ -27,8 +31,9 @@ GROUP_ELEMENTS = 8 * 3 * 224 * 224
 """Input elements optimised at once. Activations and gradients of a deep network at eight 224 px
 images stay near 1 GiB."""
 
-LEARNING_RATE = 0.5
-"""Of Adam, as in the paper."""
+LEARNING_RATE = 0.1
+"""Of Adam. The paper's 0.5 overshoots within the few steps taken here: on MobileNetV1 0.25 the
+loss falls from 30.7 to 9.5 in 40 steps, with 0.1 to 1.1."""
 
 PATIENCE = 20
 """Steps without a 1 % lower loss after which a group is done."""

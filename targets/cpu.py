@@ -13,6 +13,7 @@ from compress.model import Model
 from compress.target import Capabilities, Check, Engine
 
 OPSET = 21
+_INTEGER_OPERATORS = ("DequantizeLinear", "DynamicQuantizeLinear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,9 @@ class CPU:
         from targets.onnxruntime import OnnxRuntimeEngine, SessionSettings
 
         settings = SessionSettings(threads=self.threads or this_machine().cores)
-        return OnnxRuntimeEngine("ONNX Runtime", model.graph_model, model.inputs, settings)
+        integers = any(node.op_type in _INTEGER_OPERATORS for node in model.graph_model.graph)
+        name = f"ONNX Runtime {'int8' if integers else 'float32'}"
+        return OnnxRuntimeEngine(name, model.graph_model, model.inputs, settings)
 
     def load(self, directory: Path) -> Engine:
         """The session of an artifact's `model.onnx`."""
@@ -74,7 +77,7 @@ def cpu_capabilities(machine: Machine) -> Capabilities:
     if not fast:
         instruction = "VNNI" if x86 else "the dot-product extension"
         notes.append(
-            f"This CPU ({machine.name}) has no int8 dot product ({instruction}): expect int8 "
+            f"This CPU ({machine.cpu}) has no int8 dot product ({instruction}): expect int8 "
             f"to save memory more than time."
         )
     return Capabilities(

@@ -54,15 +54,49 @@ PATTERNS = (
 )
 
 _INT8_KERNELS = frozenset(
-    "QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger "
-    "DynamicQuantizeMatMul QLinearAdd QLinearMul QLinearSigmoid QLinearLeakyRelu QLinearConcat "
-    "QLinearAveragePool QLinearGlobalAveragePool QLinearSoftmax QLinearReduceMean "
-    "QLinearWhere QAttention".split()
+    [
+        "QLinearConv",
+        "QGemm",
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "MatMulInteger",
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "QLinearConcat",
+        "QLinearAveragePool",
+        "QLinearGlobalAveragePool",
+        "QLinearSoftmax",
+        "QLinearReduceMean",
+        "QLinearWhere",
+        "QAttention",
+        "NhwcMaxPool",
+    ]
 )
-_CONVERSIONS = frozenset("QuantizeLinear DequantizeLinear DynamicQuantizeLinear Cast".split())
+_CONVERSIONS = frozenset(["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast"])
 _MOVES = frozenset(
-    "Transpose Reshape Flatten Squeeze Unsqueeze ReorderInput ReorderOutput Concat Split Slice "
-    "Gather Expand Shape Pad Identity ConstantOfShape Resize".split()
+    [
+        "Transpose",
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "ReorderInput",
+        "ReorderOutput",
+        "Concat",
+        "Split",
+        "Slice",
+        "Gather",
+        "Expand",
+        "Shape",
+        "Pad",
+        "Identity",
+        "ConstantOfShape",
+        "Resize",
+    ]
 )
 
 
@@ -112,8 +146,8 @@ class OnnxRuntimeEngine:
                 options.add_session_config_entry(key, "optimized.data")
             session(self.graph_model, options, _PROVIDERS)
             optimized = onnx.load(str(path), load_external_data=False)
-        sites = _site_names(self.graph_model)
-        return tuple(_kernel(node, sites) for node in optimized.graph.node)
+        sites = _Sites(self.graph_model)
+        return tuple(_kernel(node.name, node.op_type, sites) for node in optimized.graph.node)
 
     def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
         """Median time of each kernel under ONNX Runtime's profiler."""
@@ -125,7 +159,7 @@ class OnnxRuntimeEngine:
             for _ in range(runs + 3):
                 run(runtime, inputs)
             events = json.loads(Path(runtime.end_profiling()).read_text())
-        return _kernel_times(events, _site_names(self.graph_model), runs)
+        return _kernel_times(events, _Sites(self.graph_model), runs)
 
 
 _PROVIDERS = ("CPUExecutionProvider",)
@@ -144,52 +178,63 @@ def _is_large(graph_model: ir.Model) -> bool:
     return initializer_bytes(graph_model) > 1_000_000_000
 
 
-def _site_names(graph_model: ir.Model) -> dict[str, str]:
-    """Names that a fused kernel may carry -> site: its own, and that of its output tensor."""
-    names: dict[str, str] = {}
-    for node in graph_model.graph:
-        for out in node.outputs:
-            names[out.name or ""] = node.name or ""
-    for node in graph_model.graph:
-        names[node.name or ""] = node.name or ""
-    return names
+class _Sites:
+    """Finds the site that a kernel of the optimized graph executes.
 
+    A fused kernel carries the name of one of its operators, or of its output tensor, with a
+    suffix such as `_token_7` or `_nchwc`. Where that is not the multiply-accumulate itself, it
+    is the end of a short chain behind it (Conv, BatchNormalization, Relu).
+    """
 
-def _site(name: str, sites: Mapping[str, str]) -> str:
-    """The site of a kernel. ONNX Runtime appends `_token_7`, `_nchwc` and the like to names."""
-    while name:
-        if name in sites:
-            return sites[name]
-        shorter = re.sub(r"(_token_\d+|_nchwc|_quant|_[A-Za-z0-9]+|\.\d+)$", "", name)
-        if shorter == name:
+    def __init__(self, graph_model: ir.Model) -> None:
+        nodes = list(graph_model.graph)
+        self.nodes = {out.name or "": node for node in nodes for out in node.outputs}
+        self.nodes |= {node.name: node for node in nodes if node.name}
+
+    def find(self, name: str, op_type: str) -> str:
+        """Name of the site, or "" for what ONNX Runtime inserted."""
+        node = None
+        while name and (node := self.nodes.get(name)) is None:
+            shorter = re.sub(r"_[A-Za-z0-9]+$", "", name)
+            name = shorter if shorter != name else ""
+        if node is None:
             return ""
-        name = shorter
-    return ""
+        if any(kind in op_type for kind in ("Conv", "Gemm", "MatMul")):
+            return _behind(node)
+        return node.name or ""
 
 
-def _precision(op_type: str, is_integer: bool) -> str:
+def _behind(node: ir.Node) -> str:
+    """The multiply-accumulate that a chain of fused operators starts with."""
+    last: ir.Node | None = node
+    for _ in range(_LONGEST_FUSED_CHAIN):
+        if last is None or last.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            break
+        source = last.inputs[0] if last.inputs else None
+        last = source.producer() if source is not None else None
+    found = last is not None and last.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    return (last if found and last is not None else node).name or ""
+
+
+_LONGEST_FUSED_CHAIN = 4
+"""Conv, BatchNormalization, Add, Relu."""
+
+
+def _precision(op_type: str) -> str:
     if op_type in _INT8_KERNELS:
         return "int8"
     if op_type in _CONVERSIONS:
         return "convert"
     if op_type in _MOVES:
         return "move"
-    return "int8" if is_integer else "float32"
+    return "float32"
 
 
-def _kernel(node: onnx.NodeProto, sites: Mapping[str, str]) -> Kernel:
-    is_integer = node.op_type in ("MaxPool", "NhwcMaxPool", "Clip") and _reads_integers(node)
-    site = _site(node.name, sites)
-    return Kernel(node.name, node.op_type, _precision(node.op_type, is_integer), site)
+def _kernel(name: str, op_type: str, sites: _Sites) -> Kernel:
+    return Kernel(name, op_type, _precision(op_type), sites.find(name, op_type))
 
 
-def _reads_integers(node: onnx.NodeProto) -> bool:
-    return node.op_type == "NhwcMaxPool"
-
-
-def _kernel_times(
-    events: list[dict[str, Any]], sites: Mapping[str, str], runs: int
-) -> tuple[KernelTime, ...]:
+def _kernel_times(events: list[dict[str, Any]], sites: _Sites, runs: int) -> tuple[KernelTime, ...]:
     times: dict[str, list[float]] = defaultdict(list)
     types: dict[str, str] = {}
     for event in events:
@@ -202,7 +247,7 @@ def _kernel_times(
         raise EngineError("ONNX Runtime's profiler returned no kernels; is the graph empty?")
     return tuple(
         KernelTime(
-            Kernel(name, types[name], _precision(types[name], types[name] == "NhwcMaxPool"), _site(name, sites)),
+            _kernel(name, types[name], sites),
             statistics.median(durations[-runs:]),
         )
         for name, durations in times.items()

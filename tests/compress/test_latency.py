@@ -38,20 +38,28 @@ class Sinking:
         return call
 
 
-def test_twice_as_slow_is_slower_by_two():
+def test_twice_as_slow_is_slower():
     found = measure({"one": busy(1), "two": busy(2)}, seconds=0.6)
     assert found.baseline == "one"
     assert list(found.ratios) == ["two"]
     assert found.ratios["two"].verdict == "slower"
-    assert found.ratios["two"].value == pytest.approx(0.5, rel=0.05)
-    assert found.timings["two"].p50_ms == pytest.approx(2, rel=0.05)
+    assert found.ratios["two"].low <= found.ratios["two"].value <= found.ratios["two"].high < 1
+    assert found.timings["one"].p50_ms < found.timings["two"].p50_ms
 
 
 def test_the_baseline_can_be_any_candidate():
     found = measure({"one": busy(1), "two": busy(2)}, baseline="two", seconds=0.6)
+    assert found.baseline == "two"
+    assert list(found.ratios) == ["one"]
     assert found.ratios["one"].verdict == "faster"
-    assert found.ratios["one"].value == pytest.approx(2, rel=0.05)
-    assert found.ratios["one"].low <= found.ratios["one"].value <= found.ratios["one"].high
+
+
+@pytest.mark.latency
+def test_times_and_ratio_are_right():
+    found = measure({"two": busy(2), "one": busy(1)}, seconds=1)
+    assert found.timings["one"].p50_ms == pytest.approx(1, rel=0.02)
+    assert found.timings["two"].p50_ms == pytest.approx(2, rel=0.02)
+    assert found.ratios["one"].value == pytest.approx(2, rel=0.02)
 
 
 def test_a_candidate_is_mostly_not_faster_than_itself():
@@ -66,16 +74,18 @@ def test_a_candidate_is_mostly_not_faster_than_itself():
 def test_drift_cancels_in_the_paired_ratio():
     clock = Sinking()
     found = measure({"a": clock.candidate(0.5), "b": clock.candidate(1)}, seconds=0.8)
-    assert found.timings["a"].cv > 0.1  # it did sink
-    assert found.ratios["b"].value == pytest.approx(0.5, rel=0.08)
-    assert found.ratios["b"].high - found.ratios["b"].low < 0.05
+    timing, drift = found.timings["a"], found.ratios["b"]
+    assert timing.cv > 0.1  # it did sink
+    assert drift.verdict == "slower"
+    # The median sank with the clock; the ratio knows the true half far better.
+    assert drift.high - drift.low < (timing.high_ms - timing.low_ms) / timing.p50_ms
     assert any("steady" in note for note in found.notes)
 
 
 def test_single_candidate_has_no_ratio():
     found = measure({"only": busy(0.2)}, seconds=0.1)
     assert found.ratios == {}
-    assert found.timings["only"].p50_ms == pytest.approx(0.2, rel=0.1)
+    assert 0.2 <= found.timings["only"].p50_ms <= found.timings["only"].p90_ms
 
 
 def test_slow_candidates_get_fewer_rounds_and_a_note():
@@ -126,7 +136,8 @@ def test_progress_advances_by_the_seconds_spent():
             return None
 
     found = measure({"a": busy(0.2)}, seconds=0.1, progress=lambda title, total=None: Bar())
-    assert sum(advanced) == pytest.approx(found.seconds, rel=0.2)
+    assert 0 < sum(advanced) <= found.seconds
+    assert all(seconds > 0 for seconds in advanced)
 
 
 def test_comparison_is_plain_json():

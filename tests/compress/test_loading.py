@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +22,6 @@ from torch import nn
 from compress.errors import (
     LoadError,
     MissingExtraError,
-    UnsafeFileError,
     UnsupportedError,
     UsageError,
 )
@@ -225,6 +227,23 @@ def test_a_program_exported_for_training_is_loaded_for_inference(tmp_path: Path)
     outputs(model.torch_module)
     after = model.torch_module.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_the_archive_layout_before_torch_2_8(tmp_path: Path) -> None:
+    net = network()
+    new, old = save_export(tmp_path / "new.pt2", net), tmp_path / "old.pt2"
+    weights = io.BytesIO()
+    torch.save({**dict(net.named_parameters()), **dict(net.named_buffers())}, weights)
+    with zipfile.ZipFile(new) as archive, zipfile.ZipFile(old, "w") as target:
+        program = archive.read("new/models/model.json")
+        version = json.loads(program)["schema_version"]
+        target.writestr("version", f"{version['major']}.{version['minor']}")
+        target.writestr("serialized_exported_program.json", program)
+        target.writestr("serialized_state_dict.pt", weights.getvalue())
+        target.writestr("serialized_constants.pt", b"")
+        target.writestr("serialized_example_inputs.pt", b"not even a pickle")
+    assert file_kind(old) == "export"
+    torch.testing.assert_close(outputs(load(old).torch_module, 3), outputs(net, 3))
 
 
 def test_a_half_precision_program_becomes_float32(tmp_path: Path) -> None:
@@ -530,5 +549,3 @@ def test_onnx_to_torch() -> None:
         result.detach(), torch.from_numpy(session.run(None, arrays)[0]), rtol=1e-4, atol=1e-5
     )
     assert [step.name for step in converted.history] == ["onnx2torch"]
-
-

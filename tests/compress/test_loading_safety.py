@@ -386,9 +386,7 @@ def script_with(tmp_path: Path, line: str) -> Path:
         "ops.prim.PythonOp(input)",
     ],
 )
-def test_torchscript_that_does_more_than_compute(
-    tmp_path: Path, marker: Path, line: str
-) -> None:
+def test_torchscript_that_does_more_than_compute(tmp_path: Path, marker: Path, line: str) -> None:
     path = script_with(tmp_path, line.replace("{marker!r}", repr(str(marker))))
     with pytest.raises(UnsafeFileError, match="TorchScript code uses"):
         load(path, inputs=["1x3"])
@@ -424,6 +422,25 @@ def test_scripted_modules_that_write_files(tmp_path: Path, marker: Path) -> None
     assert not marker.exists()
     torch.jit.load(path)
     assert marker.exists(), "the attack itself does not work, so nothing was tested"
+
+
+def test_torchscript_code_under_a_name_in_capitals(tmp_path: Path, marker: Path) -> None:
+    path, renamed = tmp_path / "net.pt", tmp_path / "renamed.pt"
+    torch.jit.save(torch.jit.script(Writes(str(marker))), path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(renamed, "w") as new:
+        for name in old.namelist():
+            new.writestr(name.replace(".py", ".PY"), old.read(name))
+    with pytest.raises(LoadError):
+        load(renamed, inputs=["1x3"])
+    assert not marker.exists()
+
+
+def test_torchscript_objects_of_compiled_classes(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.jit.save(torch.jit.script(nn.Linear(3, 3)), path)
+    evil = b"\x80\x02c__torch__.torch\nclasses.foo.Bar\n)\x81."
+    with pytest.raises(UnsafeFileError, match=r"classes\.foo\.Bar"):
+        load(rezip(path, tmp_path / "evil.pt", {"data.pkl": evil}), inputs=["1x3"])
 
 
 # --- ONNX -------------------------------------------------------------------------------------

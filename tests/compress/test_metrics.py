@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from compress.data import load_data
 from compress.errors import DataError, EngineError, UsageError
-from compress.metrics import (
-    Accuracy,
-    MaxDrop,
-    fidelity,
-    paired_drop,
-    parse_max_drop,
-    resolve_evaluator,
-    top1,
-)
+from compress.fidelity import fidelity
+from compress.max_drop import MaxDrop, parse_max_drop
+from compress.metrics import Accuracy, paired_drop, resolve_evaluator, top1
 from compress.model import Arrays, TensorSpec
 from compress.target import Engine, Kernel, KernelTime
 
@@ -260,7 +254,9 @@ def mean_margin(engine):
 
 
 def test_a_function_scores_an_engine():
-    score = resolve_evaluator(mean_margin, SPECS)(Linear(WEIGHT))
+    evaluator = resolve_evaluator(mean_margin, SPECS)
+    score = evaluator(Linear(WEIGHT))
+    assert evaluator.data is None
     assert (score.unit, score.n, score.accuracy) == ("score", None, None)
     assert score.value == pytest.approx(float(mean_margin(Linear(WEIGHT))))
 
@@ -279,7 +275,7 @@ def test_data_give_top1(tmp_path):
     score = evaluator(Linear(WEIGHT))
     assert (score.value, score.unit, score.n) == (1.0, "top-1", 20)
     assert score.accuracy.correct.all()
-    assert len(evaluator.sha256) == 64
+    assert len(evaluator.data) == 20
     assert resolve_evaluator(evaluator, SPECS) is evaluator
 
 

@@ -1,0 +1,102 @@
+"""What the benchmarks share: where data and networks are, results that survive a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from compress.machine import fingerprint, this_machine, versions
+
+HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("HWCOMPRESS_SHARED", HERE.parent.parent / "shared"))
+"""Folder with `models/` and `data/`; HWCOMPRESS_SHARED names another one."""
+
+PACKAGES = (
+    "hwcompress",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "numpy",
+)
+
+
+class Results:
+    """A JSON file that is complete after every entry, so that a killed run goes on."""
+
+    def __init__(self, name: str, settings: dict[str, Any], folder: Path | None = None) -> None:
+        self.path = (folder or HERE / "results") / f"{name}.json"
+        machine = this_machine()
+        self.document: dict[str, Any] = {
+            "benchmark": name,
+            "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+            "settings": settings,
+            "machine": {**dataclasses.asdict(machine), "fingerprint": fingerprint(machine)},
+            "versions": versions(*PACKAGES),
+            "entries": {},
+        }
+        if self.path.exists():
+            before = json.loads(self.path.read_text())
+            if before["settings"] == json.loads(json.dumps(settings)):
+                self.document["entries"] = before["entries"]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.document["entries"]
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        """Store one entry and write the file."""
+        self.document["entries"][key] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.document, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def shared_module(name: str) -> ModuleType:
+    """`models/zoo.py` or `data/load.py` of the shared folder.
+
+    Raises:
+        SystemExit: the folder is not there.
+    """
+    path = SHARED / name
+    if not path.exists():
+        sys.exit(f"{path} is not there. Set HWCOMPRESS_SHARED to the folder that holds it.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        sys.exit(f"{path} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def torchvision_models() -> ModuleType:
+    """torchvision.models, also beside a torch build without torchvision's own operators."""
+    import torch
+
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+    import torchvision.models
+
+    return torchvision.models
+
+
+def smooth_images(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Normalised random images (N, 3, size, size) with the 1/f spectrum of photographs."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij"))
+    spectrum = 1 / np.maximum(frequency, 1 / size)
+    noise = np.fft.rfft2(rng.standard_normal((count, 3, size, size))) * spectrum
+    images = np.fft.irfft2(noise, s=(size, size))
+    images -= images.mean((1, 2, 3), keepdims=True)
+    return (images / images.std((1, 2, 3), keepdims=True)).astype(np.float32)
