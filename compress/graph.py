@@ -131,7 +131,7 @@ def _weight_shape(node: ir.Node) -> tuple[int, ...] | None:
     value = node.inputs[index]
     if value is None or value.const_value is None:
         return None
-    return tuple(int(size) for size in value.const_value.shape)
+    return tuple(value.const_value.shape.numpy())
 
 
 def _parameters(node: ir.Node, counted: set[str]) -> int:

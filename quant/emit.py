@@ -177,9 +177,9 @@ class _Emitter:
         """Weights and constant operands as integers, the bias as int32."""
         weight_scale = None
         for index, value in enumerate(list(node.inputs)):
-            if value is None or value.const_value is None or value.name not in self.plan.constants:
+            params = self.plan.constants.get(value.name or "") if value is not None else None
+            if value is None or params is None:
                 continue
-            params = self.plan.constants[value.name]
             if index == 1:
                 weight_scale = params
             node.replace_input_with(index, self.stored(value, params))

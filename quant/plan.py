@@ -106,8 +106,10 @@ def static_plan(
 
 
 def dynamic_plan(graph: ir.Graph, placement: Placement, capabilities: Capabilities) -> QuantPlan:
-    """Weights in int8 without any data: matrix products with ranges at run time, convolutions
-    weight-only (int8 storage, float32 arithmetic).
+    """Weights in int8 without any data.
+
+    Matrix products get their activation ranges at run time; convolutions are weight-only (int8
+    storage, float32 arithmetic).
     """
     roles: dict[str, Role] = {}
     reasons = dict(placement.reasons)

@@ -67,7 +67,7 @@ class Quantize:
             )
 
     def apply(self, model: Model, context: Context) -> Model:
-        """The QDQ model; the step's details say what was quantized, from which data, and why not."""
+        """The QDQ model; the step's details say what was quantized, from which data, what not."""
         capabilities = context.target.capabilities
         graph = model.graph_model.graph
         self._check_names({node.name or "" for node in graph})

@@ -70,7 +70,7 @@ def test_profile_covers_the_kernels() -> None:
 def test_a_refused_model_is_an_engine_error() -> None:
     model = TestCPU().exported()
     model.graph_model.graph[0].op_type = "NoSuchOperator"
-    with pytest.raises(EngineError, match="ONNX Runtime .* refuses the model"):
+    with pytest.raises(EngineError, match=r"ONNX Runtime .* refuses the model"):
         CPU(threads=1).build(Model(model.program, model.inputs, "broken"))
 
 
