@@ -204,7 +204,7 @@ def _int8_model(exported: Model, data: Any, target: CPU, samples: int) -> Model:
 
     context = Context(target=target, original=exported, calibration=data)
     model = dataclasses.replace(exported, program=exported.graph_model.clone())
-    for step in default_passes(8, "mse", samples):
+    for step in default_passes(samples=samples):
         model = step.apply(model, context)
     return model
 

@@ -8,9 +8,9 @@ import logging
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,18 +19,25 @@ import torch
 from compress.errors import ExportError, UnsupportedError
 from compress.model import BATCH, Arrays, Model, Step, TensorSpec
 from compress.progress import Progress, silent
+from compress.reference import reference_session, run
+
+if TYPE_CHECKING:
+    from compress.data import Data
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CHECK_BATCHES = (1, 3)
 _RELATIVE_TOLERANCE = 1e-3
 
 
-def to_onnx(model: Model, opset: int, progress: Progress = silent) -> Model:
+def to_onnx(
+    model: Model, opset: int, progress: Progress = silent, data: Data | None = None
+) -> Model:
     """The model at the ONNX stage; one that is there already comes back unchanged.
 
     The batch axis is dynamic where the model allows. Every operator is named after the module
     that it came from (`layer1.0.conv1`, `layer1.0/Add`), and its outputs are compared with the
-    original's on random inputs; the difference is the step's detail.
+    original's on random inputs and on the first of `data`; the differences are the step's
+    details.
 
     Raises:
         UnsupportedError: torch.export cannot capture the model.
@@ -46,7 +53,14 @@ def to_onnx(model: Model, opset: int, progress: Progress = silent) -> Model:
         inputs = _name_batch(graph_model, model.inputs, dynamic)
         name_sites(graph_model)
         exported = replace(model, program=graph_model, inputs=inputs)
-        details = {"opset": opset, "dynamic_batch": dynamic, **_check(model, exported)}
+        details: dict[str, Any] = {"opset": opset, "dynamic_batch": dynamic}
+        batches = _CHECK_BATCHES if exported.dynamic_batch else (None,)
+        details |= check_export(model, exported, [exported.example(batch) for batch in batches])
+        if data is not None:
+            size = inputs[0].concrete()[0] if inputs[0].shape else 1
+            real = next(iter(data.batches(size))).inputs
+            on_data = check_export(model, exported, [dict(real)])
+            details["max_abs_difference_on_calibration"] = on_data["max_abs_difference"]
         advance(note="checked")
     return exported.evolve(graph_model, Step("export", {"opset": opset}, details))
 
@@ -187,23 +201,22 @@ def _owns_weight(node: ir.Node) -> bool:
     )
 
 
-def _check(model: Model, exported: Model) -> dict[str, float]:
-    """Largest difference of the ONNX model from the torch module, absolute and relative.
+def check_export(model: Model, exported: Model, examples: Sequence[Arrays]) -> dict[str, float]:
+    """Largest difference of the ONNX model from the torch module, and the largest output.
 
     Raises:
         ExportError: it is more than rounding explains.
     """
     worst, scale = 0.0, 0.0
-    batches = _CHECK_BATCHES if exported.dynamic_batch else (None,)
-    for batch in batches:
-        arrays = exported.example(batch)
+    runtime = reference_session(exported.graph_model)
+    for arrays in examples:
         expected = run_torch(model.torch_module, arrays)
-        got = list(run_reference(exported, arrays).values())
+        got = list(run(runtime, arrays).values())
         for mine, theirs in zip(got, expected, strict=True):
             if mine.shape != theirs.shape:
                 raise ExportError(
                     f"The ONNX export of {model.name} returns shape {mine.shape} where the "
-                    f"original returns {theirs.shape} (batch {batch}). Please report the model."
+                    f"original returns {theirs.shape}. Please report the model."
                 )
             same = np.asarray(mine, np.float64) - np.asarray(theirs, np.float64)
             worst = max(worst, float(np.abs(same).max(initial=0)))
@@ -223,13 +236,6 @@ def run_torch(module: torch.nn.Module, arrays: Arrays) -> list[np.ndarray]:
         outputs = module(*_tensors(arrays))
     leaves = torch.utils._pytree.tree_leaves(outputs)
     return [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def run_reference(model: Model, arrays: Arrays) -> Arrays:
-    """Outputs of a model at the ONNX stage in ONNX Runtime without graph optimization."""
-    from compress.reference import reference_session, run
-
-    return run(reference_session(model.graph_model), arrays)
 
 
 def _first_line(error: BaseException) -> str:

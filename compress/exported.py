@@ -234,22 +234,22 @@ def _as_float32(value: Any) -> Any:
     return torch.float32 if value in _OTHER_FLOATS else value
 
 
-# Operator -> position of its `training` argument; exporting in train mode bakes it in.
-_TRAINING_ARGUMENT: dict[Any, int] = {
-    torch.ops.aten.batch_norm.default: 5,
-    torch.ops.aten.dropout.default: 2,
-    torch.ops.aten.feature_dropout.default: 2,
-    torch.ops.aten.alpha_dropout.default: 2,
-}
+# Arguments that exporting in train mode bakes in, and what they are for inference.
+_INFERENCE = {"train": False, "training": False, "dropout_p": 0.0}
 
 
 def _to_inference(module: torch.fx.GraphModule) -> None:
     changed = False
     for node in list(module.graph.nodes):
-        position = _TRAINING_ARGUMENT.get(node.target)
-        if position is not None and len(node.args) > position and node.args[position] is True:
-            node.update_arg(position, False)
-            changed = True
+        schema = getattr(node.target, "_schema", None)
+        for position, argument in enumerate(schema.arguments if schema else ()):
+            value = _INFERENCE.get(argument.name)
+            if value is not None and position < len(node.args):
+                changed |= bool(node.args[position] != value)
+                node.update_arg(position, value)
+            elif value is not None and argument.name in node.kwargs:
+                changed |= bool(node.kwargs[argument.name] != value)
+                node.update_kwarg(argument.name, value)
         counts = node.target is torch.ops.aten.add_.Tensor and not node.users
         if counts and str(node.args[0].target).endswith("num_batches_tracked"):
             module.graph.erase_node(node)

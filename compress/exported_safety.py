@@ -36,6 +36,7 @@ _DUNDER_OPERATORS = {"__and__", "__or__", "__xor__", "__lshift__", "__rshift__"}
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _PATH = re.compile(r"[\w.@:/+\-<>=]*", re.ASCII)
 _MODULE_STACK = re.compile(r"[\w.@:/+\-,;<>()\[\]' ]*", re.ASCII)
+_RANGE = re.compile(r"[a-z0-9*+\-/(), ]*")
 _IDENTIFIER_KEYS = {"name", "as_name", "forward_arg_names"}
 
 _SYMPY_CALLS = {
@@ -148,7 +149,9 @@ def _clean(value: Json, key: str, name: str) -> Json:
     if {"class_fqn", "custom_obj_name"} & set(value):
         raise _refuse(name, "the custom object", value)
     for entry in value:
-        _check_path(entry, name)
+        # The key of a range may be an expression, which torch only compares.
+        if key != "range_constraints" or not _RANGE.fullmatch(entry):
+            _check_path(entry, name)
     return {entry: _clean(item, entry, name) for entry, item in value.items()}
 
 

@@ -70,7 +70,10 @@ Evaluate = Annotated[
 Seconds = Annotated[float, typer.Option(metavar="S", min=0.1, help="Measuring time in all.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
-Bits = Annotated[int, typer.Option(metavar="N", help="Bits of weights and activations.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Bits of weights and activations.  [default: 8]"),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -95,10 +98,12 @@ RecipeFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Passes from a recipe.yaml instead.")
 ]
 Method = Annotated[
-    Literal["minmax", "percentile", "mse", "entropy"],
-    typer.Option(help="How a range is chosen from the calibration statistics."),
+    Literal["minmax", "percentile", "mse", "entropy"] | None,
+    typer.Option(help="How a range is chosen from the calibration data.  [default: mse]"),
 ]
-CalibrationSamples = Annotated[int, typer.Option(metavar="N", min=1, help="Samples used at most.")]
+CalibrationSamples = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Samples used at most.  [default: 128]")
+]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Batch size where it is dynamic.")]
 Runs = Annotated[int, typer.Option(metavar="N", min=1, help="Profiled runs.")]
 JsonFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON too.")]

@@ -26,7 +26,7 @@ from compress.loading import load
 from compress.machine import fingerprint, this_machine, versions
 from compress.metrics import Evaluator, resolve_evaluator
 from compress.model import Model, Step, TensorSpec, random_inputs
-from compress.passes import Context
+from compress.passes import Context, Pass
 from compress.progress import Progress, silent
 from compress.recipe import Recipe, default_passes
 from compress.registry import create_target, require_target
@@ -59,7 +59,7 @@ def run(
     model: Any = None,
     *,
     target: str | None = None,
-    bits: int = 8,
+    bits: int | None = None,
     factory: str | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     calibration: Any = None,
@@ -71,8 +71,8 @@ def run(
     layout: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    samples: int = 128,
-    method: str = "mse",
+    samples: int | None = None,
+    method: str | None = None,
     recipe: Path | str | Recipe | None = None,
     seconds: float | None = None,
     seed: int | None = None,
@@ -85,7 +85,7 @@ def run(
     Args:
         model: a path, a torch module, an ONNX model, or None with `factory` or a recipe.
         target: name of a registered target; "cpu".
-        bits: of weights and activations.
+        bits: of weights and activations; 8.
         factory: `module:function` that makes the network.
         inputs: shapes such as "1x3x224x224" where the model does not say.
         calibration: data for activation ranges (see `compress.data.load_data`); without it
@@ -100,8 +100,8 @@ def run(
         layout: of image data, "nchw", "nhwc" or "auto".
         mean: per channel, subtracted after scaling to 0..1.
         std: per channel, divided by.
-        samples: calibration samples to use.
-        method: range method: "minmax", "percentile", "mse" or "entropy".
+        samples: calibration samples to use; 128.
+        method: range method: "minmax", "percentile", "mse" (the default) or "entropy".
         recipe: a recipe or its file; fills in what the arguments leave out, and its passes
             replace the default ones.
         seconds: time for the latency measurement; 10.
@@ -117,7 +117,7 @@ def run(
     clock = _Clock()
     read = Recipe.from_yaml(recipe) if isinstance(recipe, (str, Path)) else recipe
     settings = _Settings.resolve(given, read)
-    passes = read.passes if read is not None else default_passes(bits, method, samples)
+    passes = _passes(read, bits=bits, method=method, samples=samples)
     destination = create_target(settings.target, threads=settings.threads)
     require_target(destination)
     with clock.phase("load"):
@@ -234,6 +234,18 @@ class _Settings:
         }
 
 
+def _passes(recipe: Recipe | None, **quantize: Any) -> tuple[Pass, ...]:
+    given = {name: value for name, value in quantize.items() if value is not None}
+    if recipe is None:
+        return default_passes(**given)
+    if given:
+        raise UsageError(
+            f"--recipe says which passes run and with which options, so {', '.join(given)} cannot "
+            f"be given beside it. Change the recipe's `quantize` entry, or leave --recipe out."
+        )
+    return recipe.passes
+
+
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(_Settings))
 
 
@@ -271,7 +283,7 @@ def _apply(original: Model, recipe: Recipe, context: Context) -> tuple[Model, Mo
     for step in recipe.passes:
         if step.stage == "torch":
             model = step.apply(model, context)
-    exported = to_onnx(original, opset, context.progress)
+    exported = to_onnx(original, opset, context.progress, context.calibration)
     start = exported if model is original else to_onnx(model, opset, context.progress)
     compressed = dataclasses.replace(start, program=start.graph_model.clone())
     for step in recipe.passes:

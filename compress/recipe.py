@@ -83,11 +83,10 @@ class Recipe:
         return cls(tuple(_read_pass(path, entry) for entry in entries), document)
 
 
-def default_passes(bits: int, method: str, samples: int) -> tuple[Pass, ...]:
-    """Free rewrites, then quantization."""
+def default_passes(**quantize: Any) -> tuple[Pass, ...]:
+    """Free rewrites, then quantization with these options."""
     free = ("remove_identity", "fold_batchnorm", "pool_spatial_mean")
-    quantize = create_pass("quantize", bits=bits, method=method, samples=samples)
-    return (*(create_pass(name) for name in free), quantize)
+    return (*(create_pass(name) for name in free), create_pass("quantize", **quantize))
 
 
 def _read_pass(path: Path | str, entry: object) -> Pass:

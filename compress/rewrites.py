@@ -10,9 +10,9 @@ import onnx_ir as ir
 import onnx_ir.convenience as convenience
 
 from compress.errors import ExportError
-from compress.export import run_reference
 from compress.model import Arrays, Model, Step
 from compress.passes import Context
+from compress.reference import reference_session, run
 from compress.target import Target
 
 RELATIVE_TOLERANCE = 1e-4
@@ -38,7 +38,7 @@ class FoldBatchNorm:
         """Fold what can be folded; outputs equal the input model's within rounding."""
         graph = model.graph_model.graph
         norms = [node for node in graph if node.op_type == "BatchNormalization"]
-        expected = run_reference(model, model.example()) if norms else {}
+        expected = run(reference_session(model.graph_model), model.example()) if norms else {}
         folded, left = 0, {}
         for norm in norms:
             if reason := _fold(graph, norm):
@@ -189,7 +189,7 @@ def check_equal(model: Model, expected: Arrays) -> dict[str, float]:
     """
     if not expected:
         return {"max_abs_difference": 0.0}
-    got = run_reference(model, model.example())
+    got = run(reference_session(model.graph_model), model.example())
     worst = max(
         float(np.abs(np.asarray(got[name], np.float64) - array).max(initial=0))
         for name, array in expected.items()

@@ -229,6 +229,57 @@ def test_a_program_exported_for_training_is_loaded_for_inference(tmp_path: Path)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+class Attention(nn.Module):
+    """Attention, recurrence and dropout, all with a mode for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
+        self.lstm = nn.LSTM(4, 4, num_layers=2, dropout=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(self.layer(x))[0]
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm:UserWarning")
+def test_dropout_of_a_program_exported_for_training_is_off(tmp_path: Path) -> None:
+    net, x = Attention(), torch.randn(2, 3, 4)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
+    loaded = load(tmp_path / "net.pt2").torch_module
+    torch.testing.assert_close(loaded(x), net.eval()(x))
+
+
+class Resizing(nn.Module):
+    """Computes with its sizes, returns nested outputs, and has names that are no identifiers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"a-b": nn.Conv2d(3, 3, 3, stride=2, padding=1)})
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        y = nn.functional.interpolate(self.layers["a-b"](x), size=x.shape[2:])
+        batch, channels, height, width = y.shape
+        y = y.view(batch, channels, height * width).softmax(-1)
+        branch = torch.cond(y.sum() > 0, lambda v: v.sin(), lambda v: v.cos(), (y,))
+        return {"out": y.view(batch, channels, height // 2, width * 2), "aux": [branch, y > 0]}
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["whole", "decomposed"])
+@torch.no_grad()
+def test_a_program_with_symbolic_arithmetic(tmp_path: Path, decomposed: bool) -> None:
+    net, x = Resizing().eval(), torch.randn(2, 3, 8, 8)
+    height = torch.export.Dim("h", min=2, max=99)
+    sizes = {0: torch.export.Dim.AUTO, 2: 2 * height, 3: torch.export.Dim("w", min=4, max=99)}
+    program = torch.export.export(net, (x,), dynamic_shapes=(sizes,))
+    torch.export.save(program.run_decompositions() if decomposed else program, tmp_path / "n.pt2")
+    with pytest.raises(UsageError, match="axis 2 and 3 of input"):
+        load(tmp_path / "n.pt2")
+    model = load(tmp_path / "n.pt2", inputs=["batchx3x10x12"])
+    assert model.inputs == (TensorSpec("x", (BATCH, 3, 10, 12)),)
+    x = torch.randn(3, 3, 10, 12)
+    torch.testing.assert_close(model.torch_module(x), net(x))
+
+
 def test_the_archive_layout_before_torch_2_8(tmp_path: Path) -> None:
     net = network()
     new, old = save_export(tmp_path / "new.pt2", net), tmp_path / "old.pt2"
