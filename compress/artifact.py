@@ -132,7 +132,7 @@ def read_report(directory: Path) -> dict[str, Any]:
     path = directory / REPORT
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        version = report["schema_version"]
+        version, _, _ = (report[key] for key in ("schema_version", "files", "target"))
     except OSError as error:
         raise LoadError(
             f"{directory} is no artifact: it has no readable {REPORT}. Give a directory that "

@@ -54,7 +54,8 @@ class Limits:
             )
         if min_speedup is not None and not 0 < min_speedup < 1000:
             raise UsageError(f"--min-speedup {min_speedup} is no factor; 1.5 means 1.5 times.")
-        limit = parse_max_drop(max_drop or DEFAULT_MAX_DROP) if evaluated else None
+        given = DEFAULT_MAX_DROP if max_drop is None else max_drop
+        limit = parse_max_drop(given) if evaluated else None
         return cls(limit, min_speedup)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,13 +157,13 @@ def measure_candidates(
 
 def choose(measured: Measured, limits: Limits) -> Decision:
     """The fastest allowed candidate; the original where none is faster with confidence."""
-    best, sentences = FLOAT, []
+    best, fastest, sentences = FLOAT, 1.0, []
     for one in measured.all[1:]:
         candidate, ratio = one.candidate, one.candidate.speedup
         faster = ratio is not None and ratio["verdict"] == "faster"
         sentences.append(_sentence(candidate, faster))
-        if faster and candidate.allowed:
-            best = candidate.name
+        if ratio is not None and faster and candidate.allowed and ratio["value"] > fastest:
+            best, fastest = candidate.name, ratio["value"]
     chosen = measured.built(best).candidate
     speed = float(chosen.speedup["low"]) if chosen.speedup else 1.0
     met = best != FLOAT and speed >= (limits.min_speedup or 0)

@@ -83,5 +83,38 @@ def count_of(what: str, columns: Mapping[str, Stored], labels: np.ndarray | None
     return min(counts.values())
 
 
+def whole_inputs(specs: Sequence[TensorSpec]) -> bool:
+    """Whether axis 0 is not the batch: all shapes are fixed, and axis 0 differs between inputs.
+
+    So it is with a recurrent state (2, 1, 128) beside audio (1, 576). A sample is then one dict of
+    arrays in exactly these shapes.
+    """
+    sizes = {spec.shape[0] for spec in specs if spec.shape}
+    return len(sizes) != 1 and all(isinstance(size, int) for size in sizes)
+
+
+def check_whole(
+    what: str,
+    columns: Mapping[str, Stored],
+    labels: np.ndarray | None,
+    inputs: Sequence[TensorSpec],
+) -> None:
+    """Refuse a sample that does not have exactly the shapes of the model's inputs.
+
+    Raises:
+        DataError: another shape, or not one label.
+    """
+    for spec in inputs:
+        if (shape := columns[spec.name].shape) != spec.shape:
+            given = "x".join(map(str, shape)) or "scalar"
+            raise DataError(
+                f"{what}: the array for input {spec.name!r} has shape {given}. Axis 0 of this "
+                f"model's inputs is not the batch, so yield one dict per sample with exactly "
+                f"{', '.join(map(str, inputs))}."
+            )
+    if labels is not None and len(labels) != 1:
+        raise DataError(f"{what} is one sample and has {len(labels)} labels; give one.")
+
+
 def _named(inputs: Sequence[TensorSpec]) -> str:
     return ", ".join(repr(spec.name) for spec in inputs)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from compress.columns import columns_of, count_of
+from compress.columns import check_whole, columns_of, count_of, whole_inputs
 from compress.errors import CompressError, DataError, UsageError
 from compress.model import Arrays, TensorSpec
 from compress.preparation import Layout, Normalization, Preparation, preparations
@@ -36,12 +36,16 @@ class Batch:
     Attributes:
         inputs: by input name, (n, ...) in the model's types; scalar inputs have no axis.
         labels: (n,) int64, or None.
+        whole: axis 0 of the inputs is not the batch (see `whole_inputs`), so this is one sample.
     """
 
     inputs: Arrays
     labels: np.ndarray | None = None
+    whole: bool = False
 
     def __len__(self) -> int:
+        if self.whole:
+            return 1
         return next(len(array) for array in self.inputs.values() if array.ndim)
 
     def rows(self, start: int, stop: int | None) -> Batch:
@@ -91,7 +95,8 @@ def load_data(
         source: a path (.npz with x and y or arrays named as the inputs, .npy, tensors saved by
             torch.save, or a folder of images); `module:function`, a callable or an iterable
             that yields batches x, (x, y) or dicts; an array or tensor (n, ...); a tuple (x, y);
-            a dict of arrays; or `Data`, which is returned as it is.
+            a dict of arrays; or `Data`, which is returned as it is. Where `whole_inputs` holds,
+            only a function or an iterable of dicts, each one sample in the model's own shapes.
         inputs: of the model.
         layout: of the images in `source`; "auto" compares with the model's shape.
         mean: subtracted after scaling, one number or one per channel.
@@ -212,6 +217,9 @@ class _Stream:
         seen = 0
         for batch in self._read():
             seen += len(batch)
+            if batch.whole:
+                yield batch
+                continue
             held = batch if held is None else _join(held, batch)
             full = len(held) // size * size
             for start in range(0, full, size):
@@ -255,21 +263,25 @@ class _Stream:
         """Prepared batches in the sizes in which they come."""
         start = 0
         prepare: dict[str, Preparation] = {}
+        whole = whole_inputs(self.inputs)
         for item in self._items():
             what = f"{self.name}, the batch from sample {start} on"
             columns, labels = columns_of(what, item, self.inputs)
-            count = count_of(what, columns, labels)
+            if whole:
+                check_whole(what, columns, labels, self.inputs)
+            count = 1 if whole else count_of(what, columns, labels)
             prepare = prepare or preparations(self.inputs, columns, self.options)
             kept = count if self.limit is None else min(count, self.limit - start)
             inputs = {}
             for name, column in columns.items():
-                raw = column[:kept] if column.shape else column
+                raw = column[:kept] if column.shape and not whole else column
+                rows = np.full(raw.shape[:1], start) if whole else np.arange(start, start + kept)
                 prepare[name].check_type(raw.shape[1:], raw.dtype)
-                prepare[name].check_values(raw, np.arange(start, start + kept))
+                prepare[name].check_values(raw, rows)
                 inputs[name] = prepare[name](raw)
                 if digest is not None:
                     digest.add(name, raw.tobytes())
-            batch = Batch(inputs, None if labels is None else labels[:kept])
+            batch = Batch(inputs, None if labels is None else labels[:kept], whole)
             if digest is not None and batch.labels is not None:
                 digest.add("", batch.labels.tobytes())
             yield batch
@@ -341,6 +353,12 @@ def _table(
     inputs: Sequence[TensorSpec],
     options: Normalization,
 ) -> _Table:
+    if whole_inputs(inputs):
+        raise DataError(
+            f"{name} would be cut into samples along axis 0, and the model's inputs "
+            f"({', '.join(map(str, inputs))}) do not have the batch there. Give module:function, a "
+            f"function that yields one dict of arrays in exactly these shapes per sample."
+        )
     count = count_of(name, columns, labels)
     if not count:
         raise DataError(f"{name} holds no samples; at least one is needed.")

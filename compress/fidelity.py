@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from compress.columns import whole_inputs
 from compress.data import Batch, Data
 from compress.errors import EngineError
 from compress.model import Arrays, TensorSpec, random_inputs
@@ -196,7 +197,8 @@ def _matched(expected: Arrays, got: Arrays, name: str) -> Arrays:
 def _random(inputs: Sequence[TensorSpec], samples: int, size: int, seed: int) -> Iterator[Batch]:
     rng = np.random.default_rng(seed)
     for start in range(0, samples, size):
-        yield Batch(random_inputs(inputs, min(size, samples - start), rng))
+        arrays = random_inputs(inputs, min(size, samples - start), rng)
+        yield Batch(arrays, whole=whole_inputs(inputs))
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Recipe:
 
 def default_passes(**quantize: Any) -> tuple[Pass, ...]:
     """Free rewrites, then quantization with these options."""
-    free = ("remove_identity", "fold_batchnorm", "pool_spatial_mean")
+    free = ("remove_identity", "fold_batchnorm", "pool_spatial_mean", "depthwise_form")
     return (*(create_pass(name) for name in free), create_pass("quantize", **quantize))
 
 

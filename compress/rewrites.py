@@ -62,10 +62,12 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> str:
     if norm.attributes.get_int("training_mode", 0):
         return "is in training mode"
     bias_value = conv.inputs[2] if len(conv.inputs) > 2 else None
-    constants = [_constant(value) for value in (conv.inputs[1], *norm.inputs[1:5])]
-    bias = _constant(bias_value)
+    constants = [constant_array(value) for value in (conv.inputs[1], *norm.inputs[1:5])]
+    bias = constant_array(bias_value)
     if any(c is None for c in constants) or (bias is None and bias_value is not None):
         return "has weights that are not constant"
+    if bias is not None and np.prod(bias.shape[:-1]) != 1:
+        return f"{conv.name} has a bias for each row"
     weight, gamma, beta, mean, var = (np.asarray(c, np.float64) for c in constants)
     scale = gamma / np.sqrt(var + norm.attributes.get_float("epsilon", 1e-5))
     if bias is None:
@@ -74,7 +76,7 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> str:
         # y = alpha A B + beta_c C: the factor on C moves into the new bias.
         bias = bias * conv.attributes.get_float("beta", 1.0)
         conv.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
-    new_bias = scale * (np.broadcast_to(bias, scale.shape) - mean) + beta
+    new_bias = scale * (np.broadcast_to(bias.reshape(-1), scale.shape) - mean) + beta
     dtype = constants[0].dtype  # type: ignore[union-attr]
     base = conv.name or out.name or ""
     replace_constant(graph, conv, 1, _scaled(conv, weight, scale).astype(dtype), f"{base}.weight")
@@ -131,7 +133,7 @@ class RemoveIdentity:
 def _training(node: ir.Node) -> bool:
     if node.op_type != "Dropout" or len(node.inputs) < 3 or node.inputs[2] is None:
         return False
-    flag = _constant(node.inputs[2])
+    flag = constant_array(node.inputs[2])
     return flag is None or bool(np.asarray(flag).item())
 
 
@@ -161,8 +163,10 @@ def _is_spatial(node: ir.Node) -> bool:
     source = node.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4:
         return False
+    if source.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        return False  # runtimes pool nothing else
     if len(node.inputs) > 1:  # opset 18 and later: axes are an input
-        axes = _constant(node.inputs[1])
+        axes = constant_array(node.inputs[1])
     else:
         axes = np.array(node.attributes.get_ints("axes", ()))
     return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
@@ -210,7 +214,8 @@ def remove_unused(graph_model: ir.Model) -> None:
     optimizer.remove_unused_nodes(graph_model)
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
+def constant_array(value: ir.Value | None) -> np.ndarray | None:
+    """The numbers of an initializer; None for anything else."""
     if value is None or value.const_value is None:
         return None
     return np.asarray(value.const_value.numpy())
@@ -253,6 +258,8 @@ def bypass(graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:
     convenience.replace_all_uses_with(out, source, replace_graph_outputs=True)
     if source.shape is None:
         source.shape = out.shape
+    if source.type is None:
+        source.type = out.type
     graph.remove(node, safe=True)
     if is_output:
         source.name = name

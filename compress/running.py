@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from compress.columns import whole_inputs
 from compress.data import Batch
 from compress.errors import CompressError, EngineError
 from compress.model import Arrays
@@ -16,7 +17,12 @@ BATCH = 32
 
 
 def batch_size(engine: Engine, wanted: int) -> int:
-    """`wanted` where every input takes any batch, else the size that the first one is fixed to."""
+    """`wanted` where every input takes any batch, else the size that the first one is fixed to.
+
+    Where axis 0 is not the batch, a call takes one sample.
+    """
+    if whole_inputs(engine.inputs):
+        return 1
     sizes = [spec.concrete()[0] for spec in engine.inputs if spec.shape]
     dynamic = all(spec.dynamic_batch for spec in engine.inputs if spec.shape)
     return wanted if dynamic or not sizes else sizes[0]

@@ -68,13 +68,13 @@ def observe(
     done = 0
     with progress("Calibrate", total=samples) as advance:
         for batch in data.batches(size):
-            count = len(next(iter(batch.inputs.values())))
+            count = len(batch)
             if done >= samples or (count < size and not model.dynamic_batch):
                 break
-            inputs = batch.inputs
             if model.dynamic_batch and done + count > samples:
-                inputs = {name: array[: samples - done] for name, array in inputs.items()}
-                count = samples - done
+                batch = batch.rows(0, samples - done)
+                count = len(batch)
+            inputs = batch.inputs
             outputs = run(runtime, inputs)
             for name, observer in observers.items():
                 observer.update(inputs[name] if name in inputs else outputs[name])
@@ -103,7 +103,7 @@ def _with_outputs(graph_model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 def _batch_size(model: Model, names: Iterable[str], samples: int) -> int:
     if not model.dynamic_batch:
-        return int(model.inputs[0].shape[0]) if model.inputs[0].shape else 1
+        return next((int(spec.shape[0]) for spec in model.inputs if spec.shape), 1)
     shapes = infer_shapes(model.graph_model)
     per_sample = 4 * sum(abs(math.prod(shapes.get(name, (1,)))) for name in names)
     return int(np.clip(ACTIVATION_BUDGET_BYTES // max(per_sample, 1), 1, min(32, samples)))

@@ -167,7 +167,10 @@ class _Emitter:
         if node.op_type == "HardSigmoid":
             convenience.replace_all_uses_with(out, gate, replace_graph_outputs=True)
             self.graph.remove(node, safe=True)
+            gate.name = out.name
             self.integers[gate.name or ""] = q
+            if not np.isclose(self.plan.activations[gate.name or ""].scale, factor.scale):
+                self.quantize_tensor(gate, produced=True)  # it shares another tensor's scale
             return
         product = ir.node("Mul", [source, gate], name=name)
         replace_node(self.graph, node, [product])
@@ -192,7 +195,8 @@ class _Emitter:
             return  # weight-only: the bias stays float
         scale_value = q_scale(source)
         scale = (scale_value * weight_scale.scale).astype(np.float32)
-        integers = np.rint(bias.const_value.numpy().astype(np.float64) / scale)
+        numbers = bias.const_value.numpy().astype(np.float64).reshape(-1)
+        integers = np.rint(numbers / scale)
         integers = np.clip(integers, -(2**31) + 1, 2**31 - 1).astype(np.int32)
         name = f"{node.name}/bias"
         stored = self.constant(f"{name}_int32", integers)

@@ -5,6 +5,7 @@ The table of patterns comes from the target's capabilities; this module only wal
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,7 +88,7 @@ class _Placer:
         first = node.inputs[0] if node.inputs else None
         if first is None or first.dtype not in (ir.DataType.FLOAT, None):
             return "its input is not float32"
-        rank = len(first.shape) if first.shape is not None else None
+        rank = _rank(node, first)
         if pattern.max_rank is not None and (rank is None or rank > pattern.max_rank):
             return f"the int8 kernel takes at most rank {pattern.max_rank}"
         match pattern.role:
@@ -116,9 +117,9 @@ class _Placer:
 
     def refuse_move(self, node: ir.Node, first: ir.Value) -> str:
         if first.name in self.resident:
-            return _refuse_pad(node)
+            return _refuse_form(node)
         if first.is_graph_input() and any(self.leads_to_matmul(out) for out in node.outputs):
-            return _refuse_pad(node)
+            return _refuse_form(node)
         return "its input is float"
 
     def refuse_others(self, node: ir.Node) -> str:
@@ -137,6 +138,8 @@ class _Placer:
         """HardSwish and HardSigmoid dictate the scale of their input."""
         source = node.inputs[0]
         producer = source.producer() if source is not None else None
+        if self.capabilities.activation != "uint8":
+            return "its integer form needs unsigned activations"
         if source is None or producer is None or self.roles.get(producer.name or "") != "matmul":
             return "its input is not written by an int8 multiply-accumulate"
         if not single_use(source):
@@ -172,10 +175,35 @@ class _Placer:
                 # The producer writes this tensor; the one in between is never quantized.
                 self.forget(activations[0])
                 self.join(out)
-            elif pattern.role in MOVES or pattern.role == "concat":
+            elif pattern.role in MOVES:
                 self.join(out, *activations)
+            elif pattern.role == "concat":
+                self.join(out, *self.alike(activations))
             else:
                 self.join(out)
+
+    def alike(self, inputs: list[ir.Value]) -> list[ir.Value]:
+        """The inputs of a concat that share the output's scale.
+
+        A tensor that a ReLU made non-negative keeps a scale of its own beside signed ones: a
+        shared zero point would cost it half of its range, and the ReLU its free saturation.
+        """
+        signed = [value for value in inputs if not self.non_negative(value)]
+        return signed or inputs
+
+    def non_negative(self, value: ir.Value) -> bool:
+        """Whether an absorbed activation guarantees it; looks through moves and concats."""
+        node = value.producer()
+        role = self.roles.get(node.name or "") if node is not None else None
+        if node is None or role is None:
+            return False
+        if role == "activation":
+            return node.op_type == "Relu" or (clip_bounds(node)[0] or 0) >= 0
+        if role in MOVES or node.op_type == "MaxPool":
+            return node.inputs[0] is not None and self.non_negative(node.inputs[0])
+        if role == "concat":
+            return all(v is not None and self.non_negative(v) for v in node.inputs)
+        return node.op_type in ("Sigmoid", "HardSigmoid")
 
     def leads_to_matmul(self, value: ir.Value, depth: int = 0) -> bool:
         """Whether a multiply-accumulate reads this tensor, directly or through moves."""
@@ -238,10 +266,31 @@ def _refuse_matmul(node: ir.Node) -> str:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and (bias.const_value is None or not _is_float(bias)):
         return "its bias is not constant"
+    if bias is not None and bias.const_value is not None and _is_per_row(bias.const_value):
+        return "its bias is not one number per output channel"
     return ""
 
 
-def _refuse_pad(node: ir.Node) -> str:
+def _is_per_row(bias: ir.TensorProtocol) -> bool:
+    """Whether a Gemm's C has an axis besides that of the output channels."""
+    return math.prod(bias.shape.numpy()[:-1]) != 1
+
+
+def _rank(node: ir.Node, first: ir.Value) -> int | None:
+    """Rank of the first input; a convolution's weight tells it where no shape is known."""
+    if first.shape is not None:
+        return len(first.shape)
+    weight = weight_input(node)
+    value = node.inputs[weight] if weight is not None and node.op_type == "Conv" else None
+    if value is None or value.const_value is None:
+        return None
+    return len(value.const_value.shape)
+
+
+def _refuse_form(node: ir.Node) -> str:
+    """Why this form of an operator that moves values has no integer counterpart, or ""."""
+    if node.op_type == "MaxPool" and len(node.outputs) > 1:
+        return "the int8 kernel gives no indices"
     if node.op_type == "Pad":
         if node.attributes.get_string("mode", "constant") != "constant":
             return "only constant padding has an integer form"

@@ -5,7 +5,7 @@ One plan, several emitters. PTQ and QAT both end in a plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from compress.graph import weight_input
 from compress.target import Capabilities, Role
 from quant.observers import HistogramObserver, RangeMethod, find_range
-from quant.placement import Placement
+from quant.placement import MOVES, Placement
 from quant.quantizer import qparams_from_range, weight_qparams
 from quant.spec import QParams, QuantSpec
 
@@ -89,7 +89,8 @@ def static_plan(
     producers = {out.name: node for node in graph for out in node.outputs}
     activations: dict[str, QParams] = {}
     for group in placement.groups:
-        params = _group_params(group, producers, observers, spec, method)
+        makers = [producers.get(name) for name in group]
+        params = _group_params(group, makers, placement.roles, observers, spec, method)
         activations |= dict.fromkeys(group, params)
     for node in graph:
         if node.name in placement.roles and node.op_type in ("HardSwish", "HardSigmoid"):
@@ -132,12 +133,14 @@ def dynamic_plan(graph: ir.Graph, placement: Placement, capabilities: Capabiliti
 
 def _group_params(
     group: tuple[str, ...],
-    producers: Mapping[str | None, ir.Node],
+    makers: Sequence[ir.Node | None],
+    roles: Mapping[str, Role],
     observers: Mapping[str, HistogramObserver],
     spec: QuantSpec,
     method: RangeMethod,
 ) -> QParams:
-    if all(name in producers and producers[name].op_type in _UNIT_RANGE for name in group):
+    sources = [n for n in makers if n is None or roles.get(n.name or "") not in MOVES]
+    if all(node is not None and node.op_type in _UNIT_RANGE for node in sources):
         return qparams_from_range(0.0, 1.0, spec)
     seen = [observers[name] for name in group if name in observers]
     merged = HistogramObserver(group[0], max(observer.bins for observer in seen))
@@ -153,7 +156,7 @@ def _fit_gate(node: ir.Node, activations: dict[str, QParams]) -> None:
     With x = s (q - z) and z = 3 / s the gate is s q / 6, saturated at the lower end by the
     quantization of x itself; see `quant.emit.gate`. For HardSigmoid the range is [-3, 3].
     """
-    source, out = node.inputs[0], node.outputs[0]
+    source = node.inputs[0]
     if source is None:
         return
     before = activations[source.name or ""]
@@ -161,7 +164,6 @@ def _fit_gate(node: ir.Node, activations: dict[str, QParams]) -> None:
         return
     if node.op_type == "HardSigmoid":
         scale, zero_point = 6 / 255, 127
-        activations[out.name or ""] = QParams(before.spec, np.asarray(1 / 255), np.asarray(0))
     else:
         high = float(before.scale) * (255 - int(before.zero_point))
         zero_point = int(np.clip(765 // (max(high, 1e-3) + 3), 1, 254))
@@ -185,7 +187,9 @@ def _constant_params(
             axis = None
             if role == "matmul" and index == weight_input(node):
                 spec = QuantSpec(capabilities.weight, reduced=capabilities.reduced_weights)
-                axis = output_axis(node) if per_channel and capabilities.per_channel else None
+                axis = None
+                if per_channel and capabilities.per_channel and _one_axis(value, placement):
+                    axis = output_axis(node)
                 if axis is not None:
                     spec = QuantSpec(spec.dtype, reduced=spec.reduced, granularity="per_channel")
                 params[value.name] = weight_qparams(array, spec, axis)
@@ -193,6 +197,13 @@ def _constant_params(
                 spec = QuantSpec(capabilities.activation, symmetric=False)
                 params[value.name] = qparams_from_range(array.min(), array.max(), spec)
     return params
+
+
+def _one_axis(weight: ir.Value, placement: Placement) -> bool:
+    """Whether all users of a weight have their output channels on the same axis."""
+    users = [use.node for use in weight.uses()]
+    axes = {output_axis(user) for user in users if placement.roles.get(user.name or "") == "matmul"}
+    return len(axes) == 1
 
 
 def output_axis(node: ir.Node) -> int | None:

@@ -480,3 +480,57 @@ def test_a_stream_that_changes_is_noticed():
     data = load_data(shrinking, [IMAGE])
     with pytest.raises(DataError, match="4 samples on the first pass and 3 now"):
         everything(data)
+
+
+RECURRENT = (
+    TensorSpec("state", (2, 1, 3)),
+    TensorSpec("audio", (1, 4)),
+    TensorSpec("rate", (), "int64"),
+)
+STEPS = [
+    {
+        "state": np.full((2, 1, 3), step, np.float32),
+        "audio": np.full((1, 4), step, np.float32),
+        "rate": np.array(16000),
+    }
+    for step in range(5)
+]
+
+
+@pytest.mark.parametrize("source", [STEPS, lambda: iter(STEPS)], ids=["list", "function"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_where_axis_0_is_not_the_batch_every_dict_is_one_sample(source, size):
+    data = load_data(source, RECURRENT)
+    assert len(data) == 5
+    batches = list(data.batches(size))
+    assert [len(batch) for batch in batches] == [1] * 5
+    for batch, step in zip(batches, STEPS, strict=True):
+        assert {k: v.shape for k, v in batch.inputs.items()} == {
+            "state": (2, 1, 3),
+            "audio": (1, 4),
+            "rate": (),
+        }
+        assert all(np.array_equal(batch.inputs[name], step[name]) for name in step)
+    assert len(data.take(2)) == len(list(data.take(2).batches(size))) == 2
+    assert data.sha256 == load_data(list(STEPS), RECURRENT).sha256 != data.take(2).sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"state": np.zeros((1, 1, 3), np.float32)}, "'state' has shape 1x1x3"),
+        ({"rate": np.array([16000])}, "'rate' has shape 1"),
+        ({"audio": np.full((1, 4), np.nan, np.float32)}, "NaN or infinite, the first in sample 0"),
+        ({"y": np.array([1, 2])}, "2 labels"),
+    ],
+    ids=["shape", "scalar", "nan", "labels"],
+)
+def test_a_sample_that_is_not_exactly_the_inputs_is_refused(change, part):
+    with pytest.raises(DataError, match=part):
+        load_data([{**STEPS[0], **change}], RECURRENT)
+
+
+def test_an_array_cannot_be_cut_into_samples_without_a_batch_axis():
+    arrays = {name: np.stack([step[name] for step in STEPS]) for name in STEPS[0]}
+    with pytest.raises(DataError, match="one dict of arrays in exactly these shapes"):
+        load_data(arrays, RECURRENT)
