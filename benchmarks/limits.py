@@ -85,7 +85,7 @@ def plan_to_session(repeats: int) -> dict[str, Any]:
         times.append(time.perf_counter())
         target.build(model.evolve(emitted, model.history[-1]))
         times.append(time.perf_counter())
-        for part, start, end in zip(parts, times, times[1:], strict=True):
+        for part, start, end in zip(parts, times[:-1], times[1:], strict=True):
             parts[part].append(end - start)
     totals = [sum(run) for run in zip(*parts.values(), strict=True)]
     return {

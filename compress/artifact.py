@@ -38,8 +38,7 @@ def check_output(directory: Path, overwrite: bool) -> None:
                 f"--force does not replace it. Give another --out."
             )
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory.parent):
+        with tempfile.TemporaryFile(dir=_existing(directory.parent)):
             pass
     except OSError as error:
         raise OutputError(_explain(directory, error)) from error
@@ -57,6 +56,7 @@ def writing(directory: Path) -> Iterator[Path]:
     """
     temporary = None
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         yield temporary
         for file in temporary.rglob("*"):
@@ -101,6 +101,8 @@ def _explain(directory: Path, error: OSError) -> str:
             f"Nothing was left behind; free some space or give another --out."
         )
     reason = error.strerror or str(error)
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        reason = f"{_existing(directory)} is a file and not a folder"
     return f"{directory} cannot be written: {reason}. Give another --out."
 
 

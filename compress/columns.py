@@ -40,7 +40,9 @@ def columns_of(
         taken = {name: name for name in names}
     missing = [key for key in taken.values() if key not in arrays]
     if missing:
-        expected = f"'x' or {names[0]!r}" if len(names) == 1 else _named(inputs)
+        expected = (
+            " or ".join(sorted({"'x'", repr(names[0])})) if len(names) == 1 else _named(inputs)
+        )
         raise DataError(
             f"{what} holds {', '.join(map(repr, arrays)) or 'nothing'}, and the model needs "
             f"{expected}; labels are called 'y'. Missing: {', '.join(map(repr, missing))}."

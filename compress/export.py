@@ -57,10 +57,11 @@ def to_onnx(
         batches = _CHECK_BATCHES if exported.dynamic_batch else (None,)
         details |= check_export(model, exported, [exported.example(batch) for batch in batches])
         if data is not None:
-            size = inputs[0].concrete()[0] if inputs[0].shape else 1
-            real = next(iter(data.batches(size))).inputs
-            on_data = check_export(model, exported, [dict(real)])
-            details["max_abs_difference_on_calibration"] = on_data["max_abs_difference"]
+            size = next((spec.concrete()[0] for spec in inputs if spec.shape), 1)
+            real = next(iter(data.batches(size)))
+            if len(real) == size:
+                on_data = check_export(model, exported, [dict(real.inputs)])
+                details["max_abs_difference_on_calibration"] = on_data["max_abs_difference"]
         advance(note="checked")
     return exported.evolve(graph_model, Step("export", {"opset": opset}, details))
 

@@ -132,7 +132,7 @@ class Evaluator:
     def _number(self, function: Callable[[Engine], Any], engine: Engine) -> float:
         try:
             returned = function(engine)
-            value = float(returned)
+            value = math.nan if returned is None else float(returned)
         except CompressError:
             raise
         except Exception as error:
@@ -175,7 +175,7 @@ def resolve_evaluator(
         function = import_function(spec)
         if not callable(function):
             raise DataError(
-                f"{spec} is a {type(function).__name__}. It must be a function that takes an "
+                f"{spec} is of type {type(function).__name__}. It must be a function that takes an "
                 f"engine and returns a number."
             )
         return Evaluator(spec, function)

@@ -55,8 +55,13 @@ class Normalization:
         numbers = [*(self.mean or ()), *(self.std or ()), self.scale or 1.0]
         if not all(map(math.isfinite, numbers)):
             raise UsageError("mean, std and scale must be finite numbers.")
-        if self.scale == 0 or any(deviation <= 0 for deviation in self.std or ()):
-            raise UsageError(f"scale ({self.scale}) must not be 0, and std ({self.std}) positive.")
+        if self.scale == 0:
+            raise UsageError("A scale of 0 makes every value 0. Leave it out for the usual one.")
+        if any(deviation <= 0 for deviation in self.std or ()):
+            raise UsageError(
+                f"std is {_listed(self.std)}, and the data are divided by it. Give positive "
+                f"numbers, one for all channels or one for each."
+            )
 
     @property
     def given(self) -> bool:

@@ -10,16 +10,26 @@ from typing import Any
 
 import yaml
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.passes import Pass, options
 from compress.registry import create_pass
 
 VERSION = 1
-SETTINGS = (
-    "model", "factory", "inputs", "target", "threads", "calibration", "evaluate", "layout",
-    "mean", "std", "max_drop", "min_speedup", "seconds", "seed",
-)  # fmt: skip
-"""What a recipe may set besides its passes; the names of `compress.run`'s arguments."""
+_Kind = tuple[str, tuple[type, ...], tuple[type, ...]]
+_TEXT: _Kind = ("text", (str,), ())
+_COUNT: _Kind = ("a whole number", (int,), ())
+_NUMBER: _Kind = ("a number", (int, float), ())
+_NUMBERS: _Kind = ("a number or a list of numbers", (int, float, list), (int, float))
+SETTINGS: Mapping[str, _Kind] = {
+    **dict.fromkeys(("model", "factory", "target", "calibration", "evaluate", "layout"), _TEXT),
+    "inputs": ("a list of texts", (list,), (str,)),
+    **dict.fromkeys(("threads", "seed"), _COUNT),
+    **dict.fromkeys(("mean", "std"), _NUMBERS),
+    "max_drop": ("text or a number", (str, int, float), ()),
+    **dict.fromkeys(("min_speedup", "seconds"), _NUMBER),
+}
+"""What a recipe may set besides its passes, by the names of `compress.run`'s arguments, and what
+a file may hold for it: in words, its types, and the types of its items."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,11 @@ class Recipe:
         try:
             document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"Recipe {path} cannot be read: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"Recipe {path} cannot be read: {reason}. `compress run` writes a recipe.yaml into "
+                f"every artifact."
+            ) from error
         except yaml.YAMLError as error:
             what = re.sub(r"\s+", " ", str(error))
             raise UsageError(f"Recipe {path} is not plain YAML: {what}") from error
@@ -80,12 +94,15 @@ class Recipe:
         if version != VERSION:
             raise UsageError(f"Recipe {path} has version {version}; this release reads {VERSION}.")
         entries = document.pop("passes")
-        return cls(tuple(_read_pass(path, entry) for entry in entries), document)
+        recipe = cls(tuple(_read_pass(path, entry) for entry in entries), document)
+        for name, value in document.items():
+            _check_setting(path, name, value)
+        return recipe
 
 
 def default_passes(**quantize: Any) -> tuple[Pass, ...]:
     """Free rewrites, then quantization with these options."""
-    free = ("remove_identity", "fold_batchnorm", "pool_spatial_mean", "depthwise_form")
+    free = ("remove_identity", "fold_pad", "fold_batchnorm", "pool_spatial_mean", "depthwise_form")
     return (*(create_pass(name) for name in free), create_pass("quantize", **quantize))
 
 
@@ -95,11 +112,32 @@ def _read_pass(path: Path | str, entry: object) -> Pass:
     if isinstance(entry, dict) and len(entry) == 1:
         (name, given), *_ = entry.items()
         if isinstance(name, str) and isinstance(given, dict | None):
-            return create_pass(name, **(given or {}))
+            return _configured(path, name, given or {})
     raise UsageError(
         f"Recipe {path}: {entry!r} is no pass. Write a name, or `name: {{option: value}}`; "
         f"`compress passes` lists them."
     )
+
+
+def _configured(path: Path | str, name: str, given: Mapping[str, Any]) -> Pass:
+    try:
+        return create_pass(name, **given)
+    except CompressError:
+        raise
+    except (TypeError, ValueError) as error:
+        listed = ", ".join(f"{key}: {value!r}" for key, value in given.items())
+        raise UsageError(
+            f"Recipe {path}: pass {name} does not take {listed} ({error}). `compress passes` lists "
+            f"its options with their defaults."
+        ) from error
+
+
+def _check_setting(path: Path | str, name: str, value: object) -> None:
+    words, types, item_types = SETTINGS[name]
+    items = value if isinstance(value, list) else []
+    fits = isinstance(value, types) and all(isinstance(item, item_types) for item in items)
+    if value is not None and (not fits or isinstance(value, bool)):
+        raise UsageError(f"Recipe {path}: {name} is {value!r}, and it must be {words}.")
 
 
 def _plain(value: Any) -> Any:

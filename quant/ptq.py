@@ -115,7 +115,8 @@ class Quantize:
 
     def _calibration(self, context: Context, model: Model) -> tuple[Data | None, str]:
         if context.calibration is not None:
-            return context.calibration, "calibration data"
+            # Samples from all of it: data sorted by class would give one class's ranges.
+            return context.calibration.take(self.samples), "calibration data"
         original = context.original
         if original.stage == "torch":
             from quant.synthetic import synthesize

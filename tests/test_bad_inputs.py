@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
-import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from PIL import Image
 
 from compress.exits import STOPPED, USAGE
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import torch
 
 not_callable = 3
@@ -55,7 +55,7 @@ def eval_nan(engine):
 
 def no_batches():
     return iter(())
-'''
+"""
 
 
 class Bomb:
@@ -118,7 +118,9 @@ X = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
 Y = np.arange(16) % 4
 NAN = np.where(np.arange(16)[:, None, None, None] == 5, np.nan, X).astype(np.float32)
 NET = ("--model", "bad_functions:Net")
-TORCHVISION_INPUT = ("--input", "1x3x8x8")
+IMAGE = ("--input", "1x3x8x8")
+COMPRESS = [sys.executable, "-m", "compress.cli", "run"]
+QUIET: dict[str, Any] = {"capture_output": True, "text": True}
 
 
 def misspelt(place: Place) -> list[object]:
@@ -156,7 +158,7 @@ def photograph(place: Place) -> list[object]:
 
 
 def bomb(place: Place) -> list[object]:
-    return [place.file("model.pt", pickle.dumps(Bomb(place.fuse)))]
+    return [place.file("model.pt", pickle.dumps(Bomb(place.fuse), protocol=2))]
 
 
 def packed_bomb(place: Place) -> list[object]:
@@ -168,7 +170,7 @@ def own_class(place: Place) -> list[object]:
     import bad_functions
 
     torch.save(bad_functions.Net(), place.folder / "model.pt")
-    return [place.folder / "model.pt", *TORCHVISION_INPUT]
+    return [place.folder / "model.pt", *IMAGE]
 
 
 def weights(place: Place) -> list[object]:
@@ -177,7 +179,7 @@ def weights(place: Place) -> list[object]:
 
 
 def wrong_weights(place: Place) -> list[object]:
-    return [*weights(place), *NET, *TORCHVISION_INPUT]
+    return [*weights(place), *NET, *IMAGE]
 
 
 def safetensors(place: Place) -> list[object]:
@@ -197,11 +199,23 @@ def pickled_data(place: Place) -> list[object]:
     return [place.model, "--calibration", place.folder / "data.npz"]
 
 
+def existing_directory(place: Place) -> list[object]:
+    place.out.mkdir()
+    return place.calibrated("--out", place.out)
+
+
+def existing_file(place: Place) -> list[object]:
+    return place.calibrated("--force", "--out", place.file("artifact", "dear reader"))
+
+
+def parent_is_a_file(place: Place) -> list[object]:
+    return place.calibrated("--out", place.file("letters", "dear reader") / "artifact")
+
+
 def foreign_directory(place: Place) -> list[object]:
-    place.file("letters", "")
     place.out.mkdir()
     place.file("artifact/letter.txt", "dear reader")
-    return place.calibrated("--force")
+    return place.calibrated("--force", "--out", place.out)
 
 
 Case = Callable[[Place], Sequence[object]]
@@ -215,7 +229,7 @@ FILES: dict[str, tuple[Case, Sequence[str]]] = {
     "half a TorchScript archive": (truncated_script, ["model.pt", "again"]),
     "some zip": (other_zip, ["model.pt", "zip", "Expected"]),
     "folder as model": (lambda p: [p.folder], ["folder", "Expected"]),
-    "photograph called model.pt": (photograph, ["model.pt", "JPEG", "Expected"]),
+    "photograph called model.pt": (photograph, ["model.pt", "image", "Expected"]),
     "text as model": (lambda p: [p.file("m.pt", "hello world\n")], ["m.pt", "text", "Expected"]),
     "pickle that runs a command": (bomb, ["system", "--model", "--trust-pickle"]),
     "torch.save that runs a command": (packed_bomb, ["system", "--model", "--trust-pickle"]),
@@ -236,8 +250,11 @@ SHAPES: dict[str, tuple[Case, Sequence[str]]] = {
     "nonsense": (lambda p: [p.model, "--input", "3,224,224"], ["3,224,224", "1x3x224x224"]),
     "unknown dtype": (lambda p: [p.model, "--input", "x:1x3:float8"], ["float8", "float32"]),
     "missing": (lambda p: [*NET], ["--input 1x3x224x224"]),
-    "wrong rank": (lambda p: [*NET, "--input", "1x192"], ["1x192", "--input"]),
-    "wrong channels": (lambda p: [*NET, "--input", "1x1x8x8"], ["1x1x8x8", "--input"]),
+    "wrong rank": (lambda p: [*NET, "--input", "1x192"], ["Net", "[1, 192]"]),
+    "wrong channels": (
+        lambda p: [*NET, "--input", "1x1x8x8"],
+        ["Net", "[1, 1, 8, 8]", "3 channels"],
+    ),
     "wrong name": (lambda p: [p.model, "--input", "image:1x3x8x8"], ["'image'", "x"]),
     "contradiction": (lambda p: [p.model, "--input", "1x3x9x9"], ["1x3x9x9", "batchx3x8x8"]),
     "given twice": (lambda p: [p.model, *("--input", "1x3x8x8") * 2], ["2 times", "x"]),
@@ -268,18 +285,24 @@ DATA: dict[str, tuple[Case, Sequence[str]]] = {
     "labels out of range": (lambda p: p.with_eval(x=X, y=Y + 1), ["4 classes", "begin at 1"]),
     "one-hot labels": (lambda p: p.with_eval(x=X, y=np.eye(4)[Y]), ["16x4", "argmax"]),
     "eval fails": (lambda p: p.scored("eval_fails"), ["KeyError", "take an engine"]),
-    "eval returns None": (lambda p: p.scored("eval_nothing"), ["return one number"]),
+    "eval returns None": (
+        lambda p: p.scored("eval_nothing"),
+        ["returned None", "one finite number"],
+    ),
     "eval returns NaN": (lambda p: p.scored("eval_nan"), ["nan", "one finite number"]),
     "eval is a number": (lambda p: p.scored("not_callable"), ["int", "takes an engine"]),
     "layout": (lambda p: p.calibrated("--layout", "hwc"), ["hwc", "nchw"]),
     "mean of two": (lambda p: p.calibrated("--mean", "0.5,0.5"), ["mean has 2", "per channel"]),
-    "std of zero": (lambda p: p.calibrated("--std", "0"), ["std", "positive"]),
+    "std of zero": (lambda p: p.calibrated("--std", "0"), ["std is 0", "positive"]),
 }
 OPTIONS: dict[str, tuple[Case, Sequence[str]]] = {
     "target": (lambda p: p.calibrated("--target", "gpu"), ["gpu", "cpu"]),
     "bits 3": (lambda p: p.calibrated("--bits", 3), ["3", "8"]),
     "bits 0": (lambda p: p.calibrated("--bits", 0), ["0", "8"]),
-    "threads 0": (lambda p: p.calibrated("--threads", 0), ["--threads", "x>=1"]),
+    "threads 0": (
+        lambda p: p.calibrated("--threads", 0),
+        ["--threads", "greater than or equal to 1"],
+    ),
     "threads 9999": (lambda p: p.calibrated("--threads", 9999), ["9999", "usable cores"]),
     "max-drop": (
         lambda p: p.calibrated("--eval", p.images, "--max-drop", "abc"),
@@ -292,8 +315,8 @@ OPTIONS: dict[str, tuple[Case, Sequence[str]]] = {
     "max-drop without --eval": (lambda p: p.calibrated("--max-drop", "1%"), ["1%", "--eval"]),
     "min-speedup": (lambda p: p.calibrated("--min-speedup", -1), ["-1", "1.5"]),
     "seconds": (lambda p: p.calibrated("--seconds", 0), ["--seconds", "0.5"]),
-    "seed": (lambda p: p.calibrated("--seed", -1), ["--seed", "x>=0"]),
-    "samples": (lambda p: p.calibrated("--calibration-samples", 0), ["x>=1"]),
+    "seed": (lambda p: p.calibrated("--seed", -1), ["--seed", "equal to 0"]),
+    "samples": (lambda p: p.calibrated("--calibration-samples", 0), ["samples", "equal to 1"]),
     "method": (lambda p: p.calibrated("--method", "kl"), ["kl", "entropy"]),
     "unknown option": (lambda p: p.calibrated("--calibraton", "x"), ["--calibraton"]),
     "no recipe": (lambda p: p.calibrated("--recipe", p.folder / "r.yaml"), ["r.yaml"]),
@@ -308,8 +331,15 @@ OPTIONS: dict[str, tuple[Case, Sequence[str]]] = {
         lambda p: p.recipe("passes:\n- quantize: {samples: many}\n"),
         ["samples", "many"],
     ),
+    "text as threads": (
+        lambda p: p.recipe("passes: []\nthreads: many\n"),
+        ["threads", "'many'", "whole number"],
+    ),
+    "numbers as inputs": (
+        lambda p: p.recipe("passes: []\ninputs: [3, 224]\n"),
+        ["inputs", "[3, 224]", "texts"],
+    ),
     "unknown setting": (lambda p: p.recipe("passes: []\ntargt: cpu\n"), ["targt", "target"]),
-    "wrong setting": (lambda p: p.recipe("passes: []\nseconds: long\n"), ["seconds", "long"]),
     "code in a recipe": (
         lambda p: p.recipe(f"passes: !!python/object/apply:os.system ['touch {p.fuse}']\n"),
         ["recipe.yaml", "not plain YAML"],
@@ -361,6 +391,90 @@ def test_a_bad_input_is_one_paragraph(
     assert [word for word in words if word not in message] == []
     assert not place.out.exists()
     assert not place.fuse.exists()
+
+
+OUTPUTS: dict[str, tuple[Case, Sequence[str]]] = {
+    "existing directory": (existing_directory, ["artifact", "exists already", "--force"]),
+    "foreign directory with --force": (foreign_directory, ["no artifact", "another --out"]),
+    "file with --force": (existing_file, ["no artifact", "another --out"]),
+    "parent is a file": (parent_is_a_file, ["letters is a file", "another --out"]),
+}
+
+
+@pytest.mark.parametrize(("case", "words"), OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_an_output_that_cannot_be_is_refused_before_work(
+    cli: Callable[..., Any],
+    place: Place,
+    case: Case,
+    words: Sequence[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    arguments = case(place)
+    before = listing(place.folder)
+    result = cli("run", *arguments)
+    message = result.err.rstrip("\n")
+    _note(f"output: {request.node.callspec.id}", message)
+    assert result.code == USAGE
+    assert result.out == ""
+    assert message.startswith("Error: ")
+    assert "\n" not in message  # no step has begun
+    assert [word for word in words if word not in message] == []
+    assert listing(place.folder) == before
+
+
+def test_a_full_disk_leaves_nothing_behind(place: Place, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=4k none {disk}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], check=False, **QUIET).returncode:
+        pytest.skip("this system does not let tests mount a file system")
+    command = shlex.join([*COMPRESS, *map(str, place.calibrated()), "--seconds", "0.5"])
+    script = f"{mount} && {command} --out {disk}/artifact; code=$?; ls -A {disk}; exit $code"
+    ran = subprocess.run(["unshare", "-rm", "sh", "-c", script], check=False, **QUIET)
+    message = ran.stderr.rstrip("\n").rsplit("\n", 1)[-1]
+    _note("output: full disk", message)
+    assert ran.returncode == USAGE, ran.stderr
+    assert "The disk is full" in message
+    assert "another --out" in message
+    assert "Traceback" not in ran.stderr
+    assert ran.stdout == ""  # what `ls` found
+
+
+def test_a_refused_run_makes_no_folders(cli: Callable[..., Any], place: Place) -> None:
+    out = place.folder / "new" / "folder" / "artifact"
+    before = listing(place.folder)
+    assert cli("run", place.model, "--calibration", "no.npz", "--out", out).code == USAGE
+    assert listing(place.folder) == before
+
+
+@pytest.mark.parametrize("step", ["Calibrate", "Measuring latency"])
+def test_ctrl_c_leaves_nothing_behind(place: Place, step: str) -> None:
+    images = np.random.default_rng(0).standard_normal((20_000, 3, 8, 8)).astype(np.float32)
+    data = place.arrays(x=images)
+    before = listing(place.folder)
+    command = [*COMPRESS, place.model, "--calibration", data, "--calibration-samples", "20000"]
+    running = subprocess.Popen(
+        [*map(str, command), "--seconds", "60", "--out", str(place.out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    while (line := running.stderr.readline()) and step not in line:
+        pass
+    assert step in line
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    _note(f"Ctrl-C during {step!r}", err.strip())
+    assert running.returncode == STOPPED, err
+    assert err.rstrip("\n").rsplit("\n", 1)[-1] == "Stopped; no artifact was written."
+    assert out == ""
+    assert "Traceback" not in err
+    assert [name for name in listing(place.folder) if name not in before] in ([], [".cache"])
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def _note(name: str, message: str) -> None:
