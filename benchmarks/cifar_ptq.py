@@ -76,7 +76,7 @@ class OpenVinoEngine:
         self.name = "OpenVINO"
         self.inputs = (dataclasses.replace(spec, shape=spec.concrete()),)
         compiled = ov.Core().compile_model(model, "CPU", options)
-        self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT"))
+        self.precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self._request = compiled.create_infer_request()
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from compress.rewrites import (
 )
 from compress.target import Target
 
+Attributes = dict[str, int | Sequence[int]]
 _POOL_ATTRIBUTES = {"kernel_shape", "strides", "pads", "count_include_pad", "ceil_mode", "auto_pad"}
 
 
@@ -65,7 +66,7 @@ class DepthwiseForm:
 
 def _convolution(
     node: ir.Node,
-) -> tuple[dict[str, int | Sequence[int]], np.ndarray, np.ndarray] | None:
+) -> tuple[Attributes, np.ndarray, np.ndarray] | None:
     """Attributes, weight (C, 1, k, k) and bias (C,) of the equal convolution, or None."""
     source = node.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4:
@@ -75,20 +76,22 @@ def _convolution(
         return None
     if node.op_type == "BatchNormalization":
         constants = [constant_array(value) for value in node.inputs[1:5]]
-        if any(c is None for c in constants) or node.attributes.get_int("training_mode", 0):
+        if any(c is None for c in constants) or node.attributes.get_int("training_mode", 0) == 1:
             return None
         gamma, beta, mean, var = (np.asarray(c, np.float64) for c in constants)
         scale = gamma / np.sqrt(var + node.attributes.get_float("epsilon", 1e-5))
-        shape = {"kernel_shape": [1, 1], "group": channels}
+        shape: Attributes = {"kernel_shape": [1, 1], "group": channels}
         return shape, scale.reshape(-1, 1, 1, 1), beta - scale * mean
     attributes = node.attributes
     kernel = list(attributes.get_ints("kernel_shape", ()))
     pads = list(attributes.get_ints("pads", (0, 0, 0, 0)))
-    padded = any(pads) and not attributes.get_int("count_include_pad", 0)
-    unusual = attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or not set(
-        attributes
-    ) <= _POOL_ATTRIBUTES
-    if len(kernel) != 2 or padded or unusual or attributes.get_int("ceil_mode", 0):
+    counts_padding = attributes.get_int("count_include_pad", 0) == 1
+    padded = any(pads) and not counts_padding
+    unusual = (
+        attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+        or not set(attributes) <= _POOL_ATTRIBUTES
+    )
+    if len(kernel) != 2 or padded or unusual or attributes.get_int("ceil_mode", 0) == 1:
         return None
     strides = list(attributes.get_ints("strides", (1, 1)))
     shape = {"kernel_shape": kernel, "strides": strides, "pads": pads, "group": channels}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from compress.errors import ExportError, UnsupportedError
+from compress.graph import NAME_SCOPES, name_sites
 from compress.model import BATCH, Arrays, Model, Step, TensorSpec
 from compress.progress import Progress, silent
 from compress.reference import reference_session, run
@@ -24,7 +23,6 @@ from compress.reference import reference_session, run
 if TYPE_CHECKING:
     from compress.data import Data
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _CHECK_BATCHES = (1, 3)
 _RELATIVE_TOLERANCE = 1e-3
 
@@ -125,7 +123,7 @@ def _convert(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
         ) from error
     for node in graph_model.graph:
         # Source paths and stack traces of the exporting machine do not belong in an artifact.
-        for key in [key for key in node.metadata_props if key != _SCOPES]:
+        for key in [key for key in node.metadata_props if key != NAME_SCOPES]:
             del node.metadata_props[key]
     return graph_model
 
@@ -152,54 +150,6 @@ def _name_batch(
         value.name = spec.name
         named.append(replace(spec, shape=tuple(shape)))
     return tuple(named)
-
-
-def name_sites(graph_model: ir.Model) -> None:
-    """Name every node after the module path it came from; keep the names a model has.
-
-    In a leaf module the operator that owns the parameters gets the bare path
-    (`layer1.0.conv1`); everything else is `path/OpType`, numbered where it repeats. The name
-    depends on the module alone, not on what else is in the graph.
-    """
-    nodes = list(graph_model.graph)
-    paths = [_module_path(node) for node in nodes]
-    by_path: dict[str, list[ir.Node]] = defaultdict(list)
-    for node, path in zip(nodes, paths, strict=True):
-        if path is not None:
-            by_path[path].append(node)
-    taken: Counter[str] = Counter()
-    for node, path in zip(nodes, paths, strict=True):
-        if path is None:
-            base = node.name or node.op_type
-        else:
-            owners = [other for other in by_path[path] if _owns_weight(other)]
-            main = owners if len(owners) == 1 else by_path[path]
-            leaf = path and (owners or not any(p and p.startswith(path + ".") for p in by_path))
-            base = path if leaf and main == [node] else f"{path}/{node.op_type}".lstrip("/")
-        node.name = f"{base}.{taken[base]}" if taken[base] else base
-        taken[base] += 1
-        node.metadata_props.pop(_SCOPES, None)
-
-
-def _module_path(node: ir.Node) -> str | None:
-    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
-    path = scopes[-2] if len(scopes) > 1 else ""
-    if path and not path.startswith("_empty"):
-        return path
-    if not scopes:
-        return None
-    for value in node.inputs:
-        # A program that was exported before has lost its module stack, not its weight names.
-        if value is not None and value.const_value is not None and "." in (value.name or ""):
-            return str(value.name).rpartition(".")[0]
-    return ""
-
-
-def _owns_weight(node: ir.Node) -> bool:
-    return any(
-        value is not None and value.const_value is not None and value.const_value.size > 1
-        for value in node.inputs[1:2]
-    )
 
 
 def check_export(model: Model, exported: Model, examples: Sequence[Arrays]) -> dict[str, float]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
 
 from compress.model import Model
+
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata of torch's exporter: the modules that an operator came from, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,54 @@ def graph_sites(graph_model: ir.Model) -> tuple[Site, ...]:
             )
         )
     return tuple(found)
+
+
+def name_sites(graph_model: ir.Model) -> None:
+    """Name every node after the module path it came from; keep the names a model has.
+
+    In a leaf module the operator that owns the parameters gets the bare path
+    (`layer1.0.conv1`); everything else is `path/OpType`, numbered where it repeats. The name
+    depends on the module alone, not on what else is in the graph.
+    """
+    nodes = list(graph_model.graph)
+    paths = [_module_path(node) for node in nodes]
+    by_path: dict[str, list[ir.Node]] = defaultdict(list)
+    for node, path in zip(nodes, paths, strict=True):
+        if path is not None:
+            by_path[path].append(node)
+    taken: Counter[str] = Counter()
+    for node, path in zip(nodes, paths, strict=True):
+        if path is None:
+            base = node.name or node.op_type
+        else:
+            owners = [other for other in by_path[path] if _owns_weight(other)]
+            main = owners if len(owners) == 1 else by_path[path]
+            leaf = path and (owners or not any(p and p.startswith(path + ".") for p in by_path))
+            base = path if leaf and main == [node] else f"{path}/{node.op_type}".lstrip("/")
+        node.name = f"{base}.{taken[base]}" if taken[base] else base
+        taken[base] += 1
+        node.metadata_props.pop(NAME_SCOPES, None)
+
+
+def _module_path(node: ir.Node) -> str | None:
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(NAME_SCOPES, ""))
+    path = scopes[-2] if len(scopes) > 1 else ""
+    if path and not path.startswith("_empty"):
+        return path
+    if not scopes:
+        return None
+    for value in node.inputs:
+        # A program that was exported before has lost its module stack, not its weight names.
+        if value is not None and value.const_value is not None and "." in (value.name or ""):
+            return str(value.name).rpartition(".")[0]
+    return ""
+
+
+def _owns_weight(node: ir.Node) -> bool:
+    return any(
+        value is not None and value.const_value is not None and value.const_value.size > 1
+        for value in node.inputs[1:2]
+    )
 
 
 def infer_shapes(graph_model: ir.Model) -> dict[str, tuple[int, ...]]:

@@ -8,10 +8,15 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
+from onnx_ir.passes.common import (
+    LiftConstantsToInitializersPass,
+    RemoveInitializersFromInputsPass,
+    ShapeInferencePass,
+)
 
 from compress.errors import LoadError, UnsafeFileError, UnsupportedError, UsageError
 from compress.file_safety import quiet_readers
+from compress.graph import name_sites
 from compress.inputs import complete_inputs, missing_inputs, pair_inputs
 from compress.model import DTYPES, TensorSpec
 
@@ -47,6 +52,8 @@ def load_onnx(
         model = _attempt(name, "read", lambda: ir.from_proto(source))
     model, notes = _modernize(model, name)
     RemoveInitializersFromInputsPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    name_sites(model)
     specs = _settle_inputs(model, name, given)
     operators = {node.op_type for node in model.graph.all_nodes()}
     if operators & _QUANTIZED:

@@ -22,7 +22,7 @@ from compress.data import Data, load_data
 from compress.errors import EngineError, UsageError
 from compress.export import to_onnx
 from compress.graph import graph_sites
-from compress.loading import load
+from compress.loading import load, to_torch
 from compress.machine import fingerprint, this_machine, versions
 from compress.metrics import Evaluator, resolve_evaluator
 from compress.model import Model, Step, TensorSpec, random_inputs
@@ -282,7 +282,7 @@ def _apply(original: Model, recipe: Recipe, context: Context) -> tuple[Model, Mo
     model = original
     for step in recipe.passes:
         if step.stage == "torch":
-            model = step.apply(model, context)
+            model = step.apply(to_torch(model), context)
     exported = to_onnx(original, opset, context.progress, context.calibration)
     start = exported if model is original else to_onnx(model, opset, context.progress)
     compressed = dataclasses.replace(start, program=start.graph_model.clone())

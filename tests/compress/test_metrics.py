@@ -282,7 +282,7 @@ def test_data_give_top1(tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        pytest.param(lambda engine: None, "TypeError", id="none"),
+        pytest.param(lambda engine: None, "returned None", id="none"),
         pytest.param(lambda engine: float("nan"), "finite", id="nan"),
         pytest.param(lambda engine: True, "finite number", id="bool"),
         pytest.param(lambda engine: "0.9", "finite number", id="text"),
@@ -345,3 +345,26 @@ def test_nonsense_is_no_max_drop(value):
 def test_a_plain_number_is_asked_for_its_percent_sign():
     with pytest.raises(UsageError, match=r"needs a % sign.*0\.5%rel"):
         parse_max_drop("0.5")
+
+
+class Recurrent(Linear):
+    """Adds up a state (2, 1, 6) and one row of audio (1, 6): axis 0 is not the batch."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("state", (2, 1, 6)), TensorSpec("x", (1, 6)))
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        assert inputs["state"].shape == (2, 1, 6)
+        return super().__call__({"x": inputs["x"] + inputs["state"].sum(0)})
+
+
+def test_where_axis_0_is_not_the_batch_samples_run_one_by_one():
+    engine = Recurrent(WEIGHT)
+    items = [{"state": np.zeros((2, 1, 6), np.float32), "x": row[None]} for row in X]
+    labelled = [{**item, "y": label[None]} for item, label in zip(items, Y, strict=True)]
+    assert top1(engine, load_data(labelled, engine.inputs)).value == 1
+    on_data = fidelity(engine, engine, load_data(items, engine.inputs), samples=9)
+    assert (on_data.samples, on_data.max_abs_difference) == (9, 0)
+    assert engine.largest_batch == 1
+    assert fidelity(engine, engine, samples=5).samples == 5

@@ -108,7 +108,9 @@ def test_what_stays_float_says_why(onnx_model: Build, body: str, site: str, reas
         "pads": np.int64([0, 0, 1, 1, 0, 0, 1, 1]),
         "scales": np.float32([1, 1, 2, 2]),
     }
-    used = {name: value for name, value in weights.items() if f"{name})" in body or f"{name}," in body}
+    used = {
+        name: value for name, value in weights.items() if f"{name})" in body or f"{name}," in body
+    }
     text = f"g ({inputs}) => ({outputs}) {{{body}}}"
     found = placed(onnx_model(text, infer=False, **used))
     assert reason in found.reasons[site]
@@ -128,7 +130,9 @@ def test_what_stays_float_says_why(onnx_model: Build, body: str, site: str, reas
 )
 def test_forms_of_gemm_without_int8_kernel(onnx_model: Build, body: str, reason: str) -> None:
     shapes = {"w": (8, 8), "s": (8, 5), "b": (8,), "k": (5,), "m": (8, 8)}
-    used = {name: shape for name, shape in shapes.items() if f"{name})" in body or f"{name}," in body}
+    used = {
+        name: shape for name, shape in shapes.items() if f"{name})" in body or f"{name}," in body
+    }
     model = onnx_model(f"g (float[8,8] x) => (float[8,n] y) {{{body}}}", **used)
     assert reason in placed(model).reasons["g"]
 
