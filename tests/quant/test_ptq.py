@@ -120,13 +120,6 @@ def test_few_samples_stand_for_all_of_sorted_data(exported: tuple[Model, Model])
     assert float(plan.activations["x"].scale) * 255 > 30
 
 
-def test_without_data_ranges_come_from_batchnorm(exported: tuple[Model, Model]) -> None:
-    step = apply(exported, samples=16).history[-1]
-    assert step.details["ranges_from"] == "synthetic data from BatchNorm statistics"
-    assert 0 < step.details["samples"] <= 16
-    assert not step.details["plan"]["dynamic"]
-
-
 def test_without_data_and_batchnorm_it_is_dynamic() -> None:
     net = torch.nn.Sequential(
         torch.nn.Linear(16, 32, bias=False), torch.nn.ReLU(), torch.nn.Linear(32, 4, bias=False)
