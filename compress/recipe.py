@@ -52,7 +52,7 @@ class Recipe:
                     f"which works on the exported ONNX graph. Put torch passes first."
                 )
             exported = exported or (step.name if step.stage == "onnx" else "")
-        unknown = sorted(set(self.settings) - set(SETTINGS))
+        unknown = sorted(map(str, set(self.settings) - set(SETTINGS)))
         if unknown:
             raise UsageError(
                 f"Recipe: unknown setting {', '.join(unknown)}; allowed are {', '.join(SETTINGS)} "

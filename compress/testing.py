@@ -11,6 +11,7 @@ pytest collects the subclass; the contract's tests run against your class as aga
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -75,6 +76,17 @@ def tiny_model(seed: int = 0) -> Model:
     return Model(tiny_convnet(seed), (IMAGE,), "tiny")
 
 
+def tiny_exported(opset: int) -> Model:
+    """`tiny_model` at the ONNX stage; a fresh copy of one export for each opset."""
+    model = _export_once(opset)
+    return dataclasses.replace(model, program=model.graph_model.clone())
+
+
+@functools.cache
+def _export_once(opset: int) -> Model:
+    return to_onnx(tiny_model(), opset)
+
+
 class PassContract:
     """What a pass promises. Set `step`; override `model` for a network that the pass acts on."""
 
@@ -83,10 +95,9 @@ class PassContract:
 
     def model(self) -> Model:
         """A fresh model at the pass's stage."""
-        model = tiny_model()
         if self.step.stage == "torch":
-            return model
-        return to_onnx(model, self.target.capabilities.opset)
+            return tiny_model()
+        return tiny_exported(self.target.capabilities.opset)
 
     def context(self, model: Model) -> Context:
         """What the pass gets; override to hand it calibration data."""
@@ -143,7 +154,7 @@ class TargetContract:
 
     def exported(self) -> Model:
         """A tiny network at the target's opset."""
-        return to_onnx(tiny_model(), self.target.capabilities.opset)
+        return tiny_exported(self.target.capabilities.opset)
 
     def test_is_a_target(self) -> None:
         """The class has every member of the protocol."""

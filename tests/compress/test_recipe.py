@@ -124,7 +124,6 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -
     [{"samples": "many"}, {"keep_float": 3}, {"samples": None}],
     ids=["text", "number", "null"],
 )
-@pytest.mark.xfail(reason="create_pass lets a TypeError of a wrong option through", strict=True)
 def test_an_option_of_another_type_is_a_usage_error(tmp_path: Path, given: dict[str, Any]) -> None:
     import yaml
 
