@@ -182,10 +182,10 @@ def inspect(
     Shapes, MACs, parameters and the activations that are in memory while each runs.
     """
     specs = _specs(inputs)
-    from compress import graph, loading, render
+    from compress import export, loading, render
 
     loaded = loading.load(model, factory=factory, inputs=specs, trust_pickle=trust_pickle)
-    found = graph.sites(loaded)
+    found = export.sites(loaded)
     if as_json:
         _print_json(render.sites_dict(loaded, found))
     else:

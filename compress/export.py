@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from compress.errors import ExportError, UnsupportedError
-from compress.graph import NAME_SCOPES, name_sites
+from compress.graph import NAME_SCOPES, Site, graph_sites, name_sites
 from compress.model import BATCH, Arrays, Model, Step, TensorSpec
 from compress.progress import Progress, silent
 from compress.reference import reference_session, run
@@ -64,6 +64,15 @@ def to_onnx(
     return exported.evolve(graph_model, Step("export", {"opset": opset}, details))
 
 
+def sites(model: Model, opset: int = 21) -> tuple[Site, ...]:
+    """The operators of a model in order of execution (see `compress.graph.graph_sites`).
+
+    A model at the torch stage is exported first, so that names and counts are those of the
+    graph that will be deployed.
+    """
+    return graph_sites(to_onnx(model, opset).graph_model)
+
+
 def _capture(model: Model) -> tuple[torch.export.ExportedProgram, bool]:
     module = model.torch_module.eval()
     batched = [bool(spec.shape) for spec in model.inputs]
@@ -77,6 +86,8 @@ def _capture(model: Model) -> tuple[torch.export.ExportedProgram, bool]:
         ]
         arguments = _tensors(replace(model, inputs=tuple(specs)).example(2))
         try:
+            with torch.no_grad():
+                module(*arguments)  # a program from torch.export checks sizes only when called
             return _export(module, arguments, shapes), True
         except Exception as error:
             logging.getLogger(__name__).debug("no dynamic batch: %s", error)

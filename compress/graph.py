@@ -10,8 +10,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compress.model import Model
-
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of torch's exporter: the modules that an operator came from, outermost first."""
 
@@ -46,19 +44,8 @@ class Site:
         return asdict(self)
 
 
-def sites(model: Model, opset: int = 21) -> tuple[Site, ...]:
-    """The operators of a model in order of execution; constants and subgraphs are left out.
-
-    A model at the torch stage is exported first, so that names and counts are those of the
-    graph that will be deployed.
-    """
-    from compress.export import to_onnx
-
-    return graph_sites(to_onnx(model, opset).graph_model)
-
-
 def graph_sites(graph_model: ir.Model) -> tuple[Site, ...]:
-    """Sites of an ONNX graph; see `sites`."""
+    """The operators of a graph in order of execution; constants and subgraphs are left out."""
     shapes = infer_shapes(graph_model)
     live = _live_bytes(graph_model.graph, shapes)
     counted: set[str] = set()

@@ -20,8 +20,14 @@ from compress.errors import (
     UnsupportedError,
     UsageError,
 )
-from compress.file_kind import DESCRIPTIONS, FileKind, file_kind
-from compress.inputs import EXAMPLE, complete_inputs, missing_inputs, pair_inputs, parse_inputs
+from compress.formats.file_kind import DESCRIPTIONS, FileKind, file_kind
+from compress.formats.inputs import (
+    EXAMPLE,
+    complete_inputs,
+    missing_inputs,
+    pair_inputs,
+    parse_inputs,
+)
 from compress.model import Model, Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -68,7 +74,7 @@ def load(
     if source is None:
         if factory is None:
             raise UsageError("There is nothing to load: give a file, or --model module:factory.")
-        from compress.factory import call_factory
+        from compress.formats.factory import call_factory
 
         module = call_factory(factory)
         name = factory.partition(":")[2].rpartition(".")[2]
@@ -91,12 +97,12 @@ def _load_object(source: Any, given: tuple[TensorSpec, ...]) -> Model:
 
     name = type(source).__name__
     if isinstance(source, torch.jit.ScriptModule):
-        from compress.torchscript import convert_script
+        from compress.formats.torchscript import convert_script
 
         name = source.original_name
         return _model(convert_script(source, name, given), name, f"TorchScript module {name}")
     if isinstance(source, torch.export.ExportedProgram):
-        from compress.exported import program_module
+        from compress.formats.exported import program_module
 
         return _model(program_module(source, "program", given), "program", "exported program")
     if isinstance(source, torch.nn.Module):
@@ -107,7 +113,7 @@ def _load_object(source: Any, given: tuple[TensorSpec, ...]) -> Model:
     import onnx_ir as ir
 
     if isinstance(source, onnx.ModelProto | ir.Model):
-        from compress.onnx_file import load_onnx
+        from compress.formats.onnx_file import load_onnx
 
         graph = source.graph.name or "model"
         return _model(load_onnx(source, graph, given), graph, f"ONNX model {graph}")
@@ -155,18 +161,18 @@ def _read(
     trust_pickle: bool,
 ) -> Loaded:
     if kind in _WEIGHT_FILES:
-        from compress.weights import load_weights
+        from compress.formats.weights import load_weights
 
         return _module(load_weights(path, kind, factory, trust_pickle), path.name, given)
     if kind == "export":
-        from compress.exported import load_exported
+        from compress.formats.exported import load_exported
 
         return load_exported(path, given)
     if kind == "torchscript":
-        from compress.torchscript import load_torchscript
+        from compress.formats.torchscript import load_torchscript
 
         return load_torchscript(path, given)
-    from compress.onnx_file import load_onnx
+    from compress.formats.onnx_file import load_onnx
 
     return load_onnx(path, path.name, given)
 
@@ -211,10 +217,10 @@ def _module(module: torch.nn.Module, name: str, given: tuple[TensorSpec, ...]) -
     """A torch module, ready: on the CPU, in eval mode, float32, with named inputs."""
     import torch
 
-    from compress.exported import to_float32
+    from compress.formats.exported import to_float32
 
     if isinstance(module, torch.jit.ScriptModule):
-        from compress.torchscript import convert_script
+        from compress.formats.torchscript import convert_script
 
         return convert_script(module, name, given)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

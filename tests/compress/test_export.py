@@ -40,8 +40,12 @@ class Scaled(nn.Module):
 
 
 class FixedView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x).view(1, -1)
+        return self.fc(torch.relu(x).view(1, -1))
 
 
 class Random(nn.Module):
@@ -73,13 +77,13 @@ def test_operators_are_named_after_their_modules(exported: Model) -> None:
 
 def test_names_do_not_depend_on_what_else_is_in_the_graph() -> None:
     alone = to_onnx(model_of(nn.Sequential(Inner()), IMAGE), OPSET)
-    longer = nn.Sequential(Inner(), nn.Conv2d(4, 2, 1), nn.ReLU(), Inner_after())
+    longer = nn.Sequential(Inner(), nn.Conv2d(4, 2, 1), nn.ReLU(), behind())
     together = to_onnx(model_of(longer, IMAGE), OPSET)
     assert {"0.conv1", "0/Relu", "0.conv2", "0/Add", "0/Relu.1"} <= set(names(alone))
     assert set(names(alone)) <= set(names(together))
 
 
-def Inner_after() -> nn.Module:  # noqa: N802
+def behind() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU())
 
 
@@ -87,6 +91,7 @@ def test_a_program_that_was_exported_before_keeps_its_layer_names() -> None:
     program = torch.export.export(tiny_convnet(), (torch.zeros(1, 3, 16, 16),), strict=False)
     again = to_onnx(load(program), OPSET)
     assert {"0", "4.depthwise", "4.pointwise", "8"} <= set(names(again))
+    assert again.inputs[0].shape == (1, 3, 16, 16)  # torch.export.export fixes what it is given
 
 
 def test_the_batch_is_dynamic_where_the_model_allows(exported: Model) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from compress.graph import Site, graph_sites, infer_shapes, sites
+from compress.export import sites
+from compress.graph import Site, graph_sites, infer_shapes
 from compress.model import Model
 
 Build = Callable[..., Model]
@@ -136,7 +137,6 @@ def test_shapes_that_the_graph_computes_are_found(onnx_model: Build) -> None:
     body = """[s] s = Shape(x) [g] g = Gather(s, zero) [u] u = Unsqueeze(g, zeros)
     [k] k = Concat<axis=0>(u, minus) [r] r = Reshape(x, k) [m] y = MatMul(r, w)"""
 
-
     constants = {"zero": np.int64(0), "zeros": np.int64([0]), "minus": np.int64([-1])}
     text = f"g (float[batch,4,3,3] x) => (float[batch,5] y) {{{body}}}"
     model = onnx_model(text, infer=False, w=(36, 5), **constants)
@@ -150,7 +150,9 @@ def test_what_cannot_be_known_is_minus_one(onnx_model: Build) -> None:
 
 
 def test_the_model_is_left_alone(onnx_model: Build) -> None:
-    model = onnx_model("g (float[batch,4] x) => (float[batch,5] y) {[n] y = MatMul(x, w)}", w=(4, 5))
+    model = onnx_model(
+        "g (float[batch,4] x) => (float[batch,5] y) {[n] y = MatMul(x, w)}", w=(4, 5)
+    )
     graph_sites(model.graph_model)
     assert str(model.graph_model.graph.inputs[0].shape) == "[batch,4]"
 

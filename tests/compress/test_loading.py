@@ -25,7 +25,7 @@ from compress.errors import (
     UnsupportedError,
     UsageError,
 )
-from compress.file_kind import FileKind, file_kind
+from compress.formats.file_kind import FileKind, file_kind
 from compress.loading import load, to_torch
 from compress.model import BATCH, TensorSpec
 

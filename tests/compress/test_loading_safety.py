@@ -20,8 +20,8 @@ from onnx import helper
 from torch import nn
 
 from compress.errors import LoadError, UnsafeFileError
-from compress.exported_safety import clean_program
-from compress.file_safety import pickled_names
+from compress.formats.exported_safety import clean_program
+from compress.formats.file_safety import pickled_names
 from compress.loading import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from compress.errors import LoadError, UnsafeFileError, UnsupportedError
-from compress.exported import to_float32
-from compress.file_safety import clean_copy, open_archive, pickled_names, quiet_readers
-from compress.inputs import missing_inputs, pair_inputs
+from compress.formats.exported import to_float32
+from compress.formats.file_safety import clean_copy, open_archive, pickled_names, quiet_readers
+from compress.formats.inputs import missing_inputs, pair_inputs
 from compress.model import BATCH, Model, TensorSpec
 
 _GAP = r"(?:[\s\\]|#[^\n]*\n)*"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from compress.errors import LoadError, MissingExtraError, UsageError
-from compress.factory import call_factory
-from compress.file_kind import FileKind
-from compress.file_safety import load_trusted, load_weights_only, open_archive
+from compress.formats.factory import call_factory
+from compress.formats.file_kind import FileKind
+from compress.formats.file_safety import load_trusted, load_weights_only, open_archive
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _STATE_PREFIXES = ("module.", "_orig_mod.")

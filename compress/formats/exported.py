@@ -13,9 +13,9 @@ from torch.export.graph_signature import TensorArgument
 from torch.fx.node import map_aggregate
 
 from compress.errors import LoadError, UnsafeFileError, UnsupportedError
-from compress.exported_safety import clean_payloads, clean_program
-from compress.file_safety import clean_copy, load_weights_only, open_archive, quiet_readers
-from compress.inputs import complete_inputs
+from compress.formats.exported_safety import clean_payloads, clean_program
+from compress.formats.file_safety import clean_copy, load_weights_only, open_archive, quiet_readers
+from compress.formats.inputs import complete_inputs
 from compress.model import DTYPES, TensorSpec
 
 _CODE_SUFFIXES = (".so", ".dll", ".dylib", ".pyd", ".cubin", ".o", ".py", ".cpp")

@@ -15,9 +15,9 @@ from onnx_ir.passes.common import (
 )
 
 from compress.errors import LoadError, UnsafeFileError, UnsupportedError, UsageError
-from compress.file_safety import quiet_readers
+from compress.formats.file_safety import quiet_readers
+from compress.formats.inputs import complete_inputs, missing_inputs, pair_inputs
 from compress.graph import name_sites
-from compress.inputs import complete_inputs, missing_inputs, pair_inputs
 from compress.model import DTYPES, TensorSpec
 
 _OLDEST_OPSET = 13  # the first with per-channel QuantizeLinear
