@@ -171,6 +171,8 @@ def whole_run(repeats: int) -> dict[str, Any]:
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
             seconds.append(time.perf_counter() - start)
+            if process.returncode not in (0, 1):  # 1: no gain, and an artifact nevertheless
+                sys.exit(f"compress run ended with {process.returncode}.")
             peaks.append(_bytes(usage))
             reports.append(json.loads((Path(folder) / "artifact" / "report.json").read_text()))
     return {

@@ -18,7 +18,12 @@ from compress.errors import ExportError, UnsupportedError
 from compress.graph import NAME_SCOPES, Site, graph_sites, name_sites
 from compress.model import BATCH, Arrays, Model, Step, TensorSpec
 from compress.progress import Progress, silent
-from compress.reference import reference_session, run
+from compress.reference import (
+    largest_difference,
+    largest_magnitude,
+    reference_session,
+    run,
+)
 
 if TYPE_CHECKING:
     from compress.data import Data
@@ -174,15 +179,19 @@ def check_export(model: Model, exported: Model, examples: Sequence[Arrays]) -> d
     for arrays in examples:
         expected = run_torch(model.torch_module, arrays)
         got = list(run(runtime, arrays).values())
+        if len(got) != len(expected):
+            raise ExportError(
+                f"{model.name} returns {len(expected)} tensors and its ONNX export {len(got)}. "
+                f"Return every tensor once, and nothing but tensors."
+            )
         for mine, theirs in zip(got, expected, strict=True):
             if mine.shape != theirs.shape:
                 raise ExportError(
                     f"The ONNX export of {model.name} returns shape {mine.shape} where the "
                     f"original returns {theirs.shape}. Please report the model."
                 )
-            same = np.asarray(mine, np.float64) - np.asarray(theirs, np.float64)
-            worst = max(worst, float(np.abs(same).max(initial=0)))
-            scale = max(scale, float(np.abs(theirs).max(initial=0)))
+            worst = max(worst, largest_difference(mine, theirs))
+            scale = max(scale, largest_magnitude(theirs))
     if not worst <= _RELATIVE_TOLERANCE * max(scale, 1e-6):
         raise ExportError(
             f"The ONNX export of {model.name} differs from the original by {worst:.3g} where "

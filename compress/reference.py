@@ -5,6 +5,7 @@ Not a target: it never measures latency. Targets build their own sessions with t
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,6 +73,21 @@ def run(runtime: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> Arra
         return dict(zip(names, runtime.run(names, dict(inputs)), strict=True))
     except Exception as error:
         raise EngineError(f"ONNX Runtime failed while running the model: {error}") from error
+
+
+def largest_difference(got: np.ndarray, expected: np.ndarray) -> float:
+    """Largest single difference; infinite where NaN or infinity are not in the same places."""
+    a, b = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return math.inf
+    return float(np.abs(a[finite] - b[finite]).max(initial=0))
+
+
+def largest_magnitude(array: np.ndarray) -> float:
+    """Largest absolute value that is finite; 0 where there is none."""
+    values = np.abs(np.asarray(array, np.float64))
+    return float(values[np.isfinite(values)].max(initial=0))
 
 
 def save_onnx(graph_model: ir.Model, path: Path) -> list[Path]:

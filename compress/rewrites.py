@@ -12,7 +12,7 @@ import onnx_ir.convenience as convenience
 from compress.errors import ExportError
 from compress.model import Arrays, Model, Step
 from compress.passes import Context
-from compress.reference import reference_session, run
+from compress.reference import largest_difference, largest_magnitude, reference_session, run
 from compress.target import Target
 
 RELATIVE_TOLERANCE = 1e-4
@@ -194,11 +194,8 @@ def check_equal(model: Model, expected: Arrays) -> dict[str, float]:
     if not expected:
         return {"max_abs_difference": 0.0}
     got = run(reference_session(model.graph_model), model.example())
-    worst = max(
-        float(np.abs(np.asarray(got[name], np.float64) - array).max(initial=0))
-        for name, array in expected.items()
-    )
-    scale = max(float(np.abs(array).max(initial=0)) for array in expected.values())
+    worst = max(largest_difference(got[name], array) for name, array in expected.items())
+    scale = max(largest_magnitude(array) for array in expected.values())
     if not worst <= RELATIVE_TOLERANCE * max(scale, 1e-6):
         raise ExportError(
             f"A rewrite of {model.name} changed its outputs by {worst:.3g} where they reach "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -42,7 +42,7 @@ def exported_once() -> Model:
 
 
 @pytest.fixture
-def exported(exported_once: Model) -> Iterator[Model]:
+def exported(exported_once: Model) -> Model:
     """A copy of the exported tiny network that a test may change."""
     copy = exported_once.graph_model.clone()
-    yield exported_once.evolve(copy, exported_once.history[-1])
+    return exported_once.evolve(copy, exported_once.history[-1])

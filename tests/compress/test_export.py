@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -7,7 +9,8 @@ from torch import nn
 
 from compress.data import load_data
 from compress.errors import ExportError, UnsupportedError
-from compress.export import check_export, name_sites, to_onnx
+from compress.export import check_export, to_onnx
+from compress.graph import name_sites
 from compress.loading import load
 from compress.model import Model, TensorSpec
 from compress.reference import reference_session, run
@@ -180,6 +183,43 @@ def test_an_export_of_something_else_is_refused() -> None:
     wider = model_of(nn.Linear(4, 3), VECTOR)
     with pytest.raises(ExportError, match=r"returns shape \(2, 2\)"):
         check_export(wider, exported, [exported.example(2)])
+
+
+class Outputs(nn.Module):
+    """A layer, and whatever else a function makes of its output."""
+
+    def __init__(self, function: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.function(x)
+
+
+def test_minus_infinity_in_the_same_places_is_no_difference() -> None:
+    masked = Outputs(lambda x: torch.where(x > 0, x, torch.full_like(x, -torch.inf)))
+    details = to_onnx(model_of(masked, VECTOR), OPSET).history[-1].details
+    assert details["max_abs_difference"] == 0
+    assert 0 < details["max_abs_output"] < 10
+
+
+def test_nan_where_the_original_has_numbers_is_refused() -> None:
+    logarithm = to_onnx(model_of(Outputs(torch.log), VECTOR), OPSET)
+    original = model_of(Outputs(lambda x: torch.log(x.abs())), VECTOR)
+    with pytest.raises(ExportError, match="differs from the original by inf"):
+        check_export(original, logarithm, [logarithm.example(3)])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: (torch.relu(x),) * 2, lambda x: (torch.relu(x), x.shape[0])],
+    ids=["one tensor twice", "a size"],
+)
+def test_outputs_that_onnx_cannot_name_are_refused(
+    function: Callable[[torch.Tensor], object],
+) -> None:
+    with pytest.raises(ExportError, match="nothing but tensors"):
+        to_onnx(model_of(Outputs(function), VECTOR), OPSET)
 
 
 def test_data_dependent_control_flow_is_refused() -> None:

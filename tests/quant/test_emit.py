@@ -462,7 +462,6 @@ def test_operators_stay_in_float_on_request(onnx_model: Callable[..., Model]) ->
     assert done.history[-1].details["reasons"]["b"] == "kept in float on request"
 
 
-@pytest.mark.xfail(reason="load_onnx leaves unnamed operators unnamed", raises=ValueError)
 def test_names_of_the_file_are_not_needed(onnx_model: Callable[..., Model]) -> None:
     body = f"c = Conv{PAD}(x, w) d = Relu(c) e = Conv{PAD}(d, v) y = Relu(e)"
     model = onnx_model(f"g ({IN}) => ({OUT}) {{{body}}}", w=W, v=V)
@@ -478,7 +477,6 @@ def test_shapes_of_the_file_are_not_needed(onnx_model: Callable[..., Model]) -> 
     assert int8_share(engine.kernels(), graph_sites(model.graph_model)) == 1.0
 
 
-@pytest.mark.xfail(reason="load_onnx leaves Constant nodes, which have no const_value")
 def test_bounds_may_be_constant_nodes(onnx_model: Callable[..., Model]) -> None:
     body = f"""lo = Constant<value = float {{0.0}}>() hi = Constant<value = float {{6.0}}>()
     [a] c = Conv{PAD}(x, w) [r] d = Clip(c, lo, hi) [b] y = Conv{PAD}(d, v)"""

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from compress.report import SCHEMA_VERSION, Candidate, Report
+from compress.report.markdown import table
+from compress.report.table import drop, fidelity, float_sites, interval, score, size, speedup
+from compress.report.terminal import render
+
+TIMING = {"p50_ms": 1.834, "low_ms": 1.8, "high_ms": 1.86}
+RATIO = {"value": 2.06, "low": 2.01, "high": 2.11, "verdict": "faster"}
+FIDELITY = {
+    "samples": 20,
+    "source": "calibration data",
+    "top1_agreement": 0.95,
+    "cosine": 0.999,
+    "sqnr_db": 32.1,
+    "max_abs_difference": 0.0123,
+}
+
+
+def row(name: str, macs: int, precision: str, reason: str = "") -> dict[str, Any]:
+    return {
+        "name": name,
+        "op_type": "Conv",
+        "macs": macs,
+        "parameters": 1,
+        "precision": precision,
+        "reason": reason,
+    }
+
+
+def report(**changes: Any) -> Report:
+    first = Candidate(name="float32", size_bytes=123_456, timing=TIMING)
+    second = Candidate(
+        name="int8", size_bytes=4_560_000, timing=TIMING, speedup=RATIO, fidelity=FIDELITY,
+        score={"value": 0.913, "unit": "top-1", "n": 100},
+        drop={"points": 0.5, "low": -0.1, "high": 1.1, "agreement": 0.99}, int8_macs=0.75,
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "headline": ("int8 is faster.", "A | remark."),
+        "met": True,
+        "chosen": "int8",
+        "budget": {"max_drop": "1%", "min_speedup": None},
+        "candidates": (first, second),
+        "sites": (row("a", 750, "int8"), row("b|c", 250, "float32", "kept")),
+        "steps": ({"name": "quantize", "options": {}, "details": {"samples": 8, "map": {}}},),
+        "latency": {"batch": 1, "threads": 1, "rounds": 9, "seconds": 0.5, "notes": ["A note."]},
+        "calibration": {},
+        "model": {"name": "net", "source": "ONNX model", "sha256": "", "inputs": []},
+        "target": {"name": "cpu"},
+        "machine": {"cpu": "A CPU", "cores": 2, "features": ["avx2"], "fingerprint": "f"},
+        "versions": {"torch": "2"},
+        "created": "2025-01-01T00:00:00+00:00",
+        "files": {"model.onnx": "abc"},
+    }
+    return Report(**{**values, **changes})
+
+
+def test_the_report_is_plain_json() -> None:
+    values = json.loads(json.dumps(report().to_dict(), allow_nan=False))
+    assert values["schema_version"] == SCHEMA_VERSION
+    assert values["candidates"][1]["speedup"]["verdict"] == "faster"
+    assert set(values) == {field.name for field in dataclasses.fields(Report)}
+
+
+def test_markdown_begins_with_what_matters() -> None:
+    lines = report().markdown().splitlines()
+    assert lines[0] == "# net on cpu: int8"
+    assert lines[2] == "- int8 is faster."
+    text = "\n".join(lines)
+    for part in (
+        "| int8 (artifact) | 1.83 ms [1.80, 1.86] | 2.06x [2.01, 2.11] faster | 4.56 MB | 91.30% |",
+        "+0.50 points [-0.10, +1.10] | 75.0% |",
+        "| float32 | 1.83 ms [1.80, 1.86] | 1 | 123.5 kB | not evaluated |",
+        "| b\\|c | Conv | 25.00% | kept |",
+        "1. `quantize`: samples 8",
+        "9 interleaved rounds in 0.5 s",
+        "A note.",
+        "sha256 none",
+        "- command: Python API",
+        "- file `model.onnx`: sha256 abc",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("sites", "sentence"),
+    [
+        ((), "The model has no multiply-accumulates."),
+        ((row("a", 2_000_000, "int8"), row("r", 0, "fused")), "All 2.0 M multiply-accumulates"),
+    ],
+    ids=["none", "all in int8"],
+)
+def test_sites_in_one_sentence(sites: tuple[dict[str, Any], ...], sentence: str) -> None:
+    assert sentence in report(sites=sites).markdown()
+
+
+def test_the_terminal_shows_the_same() -> None:
+    stream = io.StringIO()
+    sites = tuple(row(f"conv{index}", 100 + index, "float32", "kept") for index in range(10))
+    render(report(sites=sites), Console(file=stream, width=200))
+    text = stream.getvalue()
+    assert text.startswith("int8 is faster.\nA | remark.\n")
+    assert "int8 (artifact)" in text
+    assert "top-1 agreement 95.00%" in text
+    assert text.index("conv9") < text.index("conv8")
+    assert "conv0" not in text
+    assert "and 2 more, see report.md" in text
+
+
+def test_numbers_for_people() -> None:
+    assert interval({"m": 0.0123, "l": 0.01, "h": 0.02}, "m", "l", "h", " ms") == (
+        "0.0123 ms [0.0100, 0.0200]"
+    )
+    assert interval({"m": 412.4, "l": 400, "h": 420}, "m", "l", "h", " ms") == "412 ms [400, 420]"
+    assert speedup(None) == "1"
+    assert (size(999_999), size(1_000_000)) == ("1000.0 kB", "1.00 MB")
+    assert score(None) == "not evaluated"
+    assert score({"value": 12.3456789, "unit": "score", "n": None}) == "12.35"
+    assert drop(None) == ""
+    assert "SQNR infinite" in fidelity({**FIDELITY, "sqnr_db": None})
+    assert "top-1" not in fidelity({**FIDELITY, "top1_agreement": None})
+
+
+def test_only_multiply_accumulates_count_as_left_in_float() -> None:
+    sites = (row("a", 1, "int8"), row("b", 1, "float32"), row("r", 0, "float32"))
+    assert [one["name"] for one in float_sites(report(sites=sites))] == ["b"]
+
+
+def test_a_table_escapes_its_own_sign() -> None:
+    assert table(("a", "b"), [("x|y", "z")]) == ["| a | b |", "|---|---|", "| x\\|y | z |"]
+
+
+def test_a_candidate_by_name() -> None:
+    assert report().candidate("int8").int8_macs == 0.75
