@@ -190,7 +190,8 @@ def _sentence(candidate: Candidate, faster: bool) -> str:
         return f"{candidate.name} {speed}; accuracy was not verified (no --eval)."
     loss = ""
     if candidate.drop is not None:
-        loss = f" and loses {candidate.drop['points']:.2f} points of top-1"
+        points = candidate.drop["points"]
+        loss = f" and {'gains' if points < 0 else 'loses'} {abs(points):.2f} points of top-1"
     limit = "" if candidate.allowed else ", more than --max-drop allows"
     joint = loss if faster or not loss else loss.replace(" and", ", and")
     return f"{candidate.name} {speed}{joint}{limit}."

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from compress.errors import ExportError, UnsupportedError
+from compress.errors import ExportError, UnsupportedError, UsageError
 from compress.graph import NAME_SCOPES, Site, graph_sites, name_sites
 from compress.model import BATCH, Arrays, Model, Step, TensorSpec
 from compress.progress import Progress, silent
@@ -91,11 +91,11 @@ def _capture(model: Model) -> tuple[torch.export.ExportedProgram, bool]:
         ]
         arguments = _tensors(replace(model, inputs=tuple(specs)).example(2))
         try:
-            with torch.no_grad():
-                module(*arguments)  # a program from torch.export checks sizes only when called
-            return _export(module, arguments, shapes), True
+            if _follows_batch(module, arguments):
+                return _export(module, arguments, shapes), True
         except Exception as error:
             logging.getLogger(__name__).debug("no dynamic batch: %s", error)
+    _require_runs(model)
     try:
         return _export(module, _tensors(model.example()), None), False
     except Exception as error:
@@ -103,6 +103,33 @@ def _capture(model: Model) -> tuple[torch.export.ExportedProgram, bool]:
             f"torch.export cannot capture {model.name}: {_first_line(error)} Give a model "
             f"without data-dependent Python control flow, or export it to ONNX yourself and "
             f"pass the .onnx file."
+        ) from error
+
+
+def _follows_batch(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> bool:
+    """Whether two samples in give two samples out, for every output.
+
+    It also finds what a program from torch.export checks only when it is called: its sizes.
+    """
+    with torch.no_grad():
+        outputs = torch.utils._pytree.tree_leaves(module(*arguments))
+    tensors = [out for out in outputs if isinstance(out, torch.Tensor)]
+    return all(out.ndim and out.shape[0] == 2 for out in tensors)
+
+
+def _require_runs(model: Model) -> None:
+    """Refuse shapes that the module itself cannot take.
+
+    Raises:
+        UsageError: it fails on them.
+    """
+    try:
+        run_torch(model.torch_module, model.example())
+    except Exception as error:
+        given = ", ".join(str(spec) for spec in model.inputs)
+        raise UsageError(
+            f"{model.name} cannot run on inputs {given}: {_first_line(error)} Give the shapes it "
+            f"was trained with as --input, for example --input 1x3x224x224."
         ) from error
 
 

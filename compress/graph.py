@@ -8,7 +8,12 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+
+from compress.errors import EngineError
+from compress.model import TensorSpec, random_inputs
+from compress.reference import reference_session, run
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of torch's exporter: the modules that an operator came from, outermost first."""
@@ -141,13 +146,60 @@ def infer_shapes(graph_model: ir.Model) -> dict[str, tuple[int, ...]]:
     if any(_unknown(out) for node in copy.graph for out in node.outputs):
         optimizer.fold_constants(copy, onnx_shape_inference=True)
         ShapeInferencePass(data_prop=True)(copy)
+    measured: dict[str, tuple[int, ...]] = {}
+    if any(_unknown(out) for node in copy.graph for out in node.outputs):
+        measured = _measured_shapes(graph_model)
     values = [*copy.graph.inputs, *copy.graph.initializers.values()]
     values += [out for node in copy.graph for out in node.outputs]
     return {
         value.name: tuple(s if isinstance(s, int) else -1 for s in value.shape)
         for value in values
         if value.name and value.shape is not None
+    } | measured
+
+
+def _measured_shapes(graph_model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Shapes from running once on random inputs and once on zeros; -1 where the two differ.
+
+    Empty where the model refuses such inputs.
+    """
+    copy = graph_model.clone()
+    present = {value.name for value in copy.graph.outputs}
+    values = [out for node in copy.graph for out in node.outputs if out.name not in present]
+    copy.graph.outputs.extend(value for value in values if value.name)
+    try:
+        specs = [_spec(value) for value in copy.graph.inputs]
+        inputs = random_inputs(specs, 1, np.random.default_rng(0))
+        runtime = reference_session(copy)
+        first = run(runtime, inputs)
+        second = run(runtime, {name: np.zeros_like(array) for name, array in inputs.items()})
+    except (EngineError, TypeError):
+        return {}
+    pairs = {n: (np.shape(a), np.shape(second[n])) for n, a in first.items()}
+    return {
+        name: tuple(i if i == j else -1 for i, j in zip(one, other, strict=True))
+        for name, (one, other) in pairs.items()
+        if len(one) == len(other)
     }
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    """The input's shape with every open axis at 1.
+
+    Raises:
+        TypeError: it is no tensor of a known shape.
+    """
+    if value.shape is None or value.dtype is None:
+        raise TypeError(f"{value.name} has no shape")
+    sizes = tuple(size if isinstance(size, int) else 1 for size in value.shape)
+    return TensorSpec(value.name or "", sizes, value.dtype.numpy().name)
+
+
+def macs_in_subgraphs(graph_model: ir.Model) -> int:
+    """Multiply-accumulate operators inside If, Loop and Scan, which sites do not count."""
+    counted = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
+    nodes = graph_model.graph.all_nodes()
+    return sum(n.op_type in counted and n.graph is not graph_model.graph for n in nodes)
 
 
 def _unknown(value: ir.Value) -> bool:

@@ -187,7 +187,7 @@ def _known_kind(path: Path) -> FileKind:
         if path.is_dir():
             raise LoadError(f"{path} is a folder and not a model file. {_EXPECTED}")
         if not path.exists():
-            raise LoadError(f"There is no file {path}.{_near(path)}")
+            raise LoadError(f"There is no file {path}.{_near(path)} {_EXPECTED}")
         if not path.is_file():
             raise LoadError(f"{path} is no regular file. {_EXPECTED}")
         kind = file_kind(path)

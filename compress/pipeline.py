@@ -21,7 +21,7 @@ from compress.candidates import Limits, Measured, choose, measure_candidates
 from compress.data import Data, load_data
 from compress.errors import EngineError, UsageError
 from compress.export import to_onnx
-from compress.graph import graph_sites
+from compress.graph import graph_sites, macs_in_subgraphs
 from compress.loading import load, to_torch
 from compress.machine import fingerprint, this_machine, versions
 from compress.metrics import Evaluator, resolve_evaluator
@@ -217,6 +217,8 @@ class _Settings:
                 "There is no model. Give a file, --model module:factory, or a --recipe that "
                 "names one."
             )
+        if settings.seed < 0:
+            raise UsageError(f"--seed {settings.seed} must be 0 or more.")
         if not 0.5 <= settings.seconds <= 3600:
             raise UsageError(f"--seconds {settings.seconds} is out of range: 0.5 to 3600.")
         return settings
@@ -305,6 +307,11 @@ def _remarks(compressed: Model, target: Target) -> list[str]:
     source = _calibration(compressed, None)["ranges_from"]
     if source and source != "calibration data":
         remarks.append(f"No calibration data were given; ranges come from {source}.")
+    if hidden := macs_in_subgraphs(compressed.graph_model):
+        remarks.append(
+            f"{hidden} operators with multiply-accumulates are inside If, Loop or Scan: they stay "
+            f"in float, and the shares of MACs do not count them."
+        )
     return [*remarks, *target.capabilities.notes]
 
 

@@ -35,7 +35,11 @@ def available(group: Group) -> dict[str, EntryPoint]:
 
 
 def create_target(name: str, **options: Any) -> Target:
-    """The target called `name`, with its dataclass fields set from `options`."""
+    """The target called `name`, with its dataclass fields set from `options`.
+
+    An option that is None is left out, so that a target without that field can be created.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
     return cast("Target", _create("compress.targets", "target", name, options))
 
 
@@ -70,7 +74,8 @@ def _create(group: Group, noun: str, name: str, options: dict[str, Any]) -> obje
     except TypeError as error:
         import dataclasses
 
-        known = [f.name for f in dataclasses.fields(factory)]
+        is_dataclass = dataclasses.is_dataclass(factory)
+        known = [f.name for f in dataclasses.fields(factory)] if is_dataclass else []
         unknown = sorted(set(options) - set(known))
         if not unknown:
             raise

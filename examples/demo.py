@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
-EPOCHS = 6
+EPOCHS = 4
 SIDE = 32
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from compress.columns import whole_inputs
 from compress.errors import DataError
 from compress.graph import infer_shapes
 from compress.model import Model
@@ -103,6 +104,8 @@ def _with_outputs(graph_model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 def _batch_size(model: Model, names: Iterable[str], samples: int) -> int:
     if not model.dynamic_batch:
+        if whole_inputs(model.inputs):
+            return 1
         return next((int(spec.shape[0]) for spec in model.inputs if spec.shape), 1)
     shapes = infer_shapes(model.graph_model)
     per_sample = 4 * sum(abs(math.prod(shapes.get(name, (1,)))) for name in names)

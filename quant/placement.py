@@ -74,6 +74,8 @@ class _Placer:
         pattern = self.capabilities.pattern(node.op_type)
         if name in self.keep_float:
             reason = "kept in float on request"
+        elif any(use.node.graph is not node.graph for out in node.outputs for use in out.uses()):
+            reason = "a subgraph (If, Loop) reads its output"
         elif pattern is None or node.domain not in ("", "ai.onnx"):
             reason = f"the target has no int8 kernel for {node.op_type}"
         else:

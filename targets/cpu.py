@@ -13,6 +13,7 @@ from compress.model import Model
 from compress.target import Capabilities, Check, Engine
 
 OPSET = 21
+_MOST_THREADS = 1024
 _INTEGER_OPERATORS = ("DequantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -30,10 +31,10 @@ class CPU:
 
     def __post_init__(self) -> None:
         cores = this_machine().cores
-        if self.threads is not None and not 1 <= self.threads <= 4 * cores:
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
             raise UsageError(
-                f"--threads {self.threads} is out of range: this machine has {cores} usable "
-                f"cores. Give a number from 1 to {cores}, or leave the option out to use all."
+                f"--threads {self.threads} is out of range, 1 to {_MOST_THREADS}: this machine has "
+                f"{cores} usable cores. Leave the option out to use all of them."
             )
 
     @property

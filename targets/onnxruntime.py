@@ -147,7 +147,13 @@ class OnnxRuntimeEngine:
             session(self.graph_model, options, _PROVIDERS)
             optimized = onnx.load(str(path), load_external_data=False)
         sites = _Sites(self.graph_model)
-        return tuple(_kernel(node.name, node.op_type, sites) for node in optimized.graph.node)
+        integers = {i.name for i in optimized.graph.initializer if i.data_type in _INTEGER_TYPES}
+        return tuple(
+            _kernel(
+                node.name, node.op_type, sites, node.op_type == "Clip" and node.input[1] in integers
+            )
+            for node in optimized.graph.node
+        )
 
     def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
         """Median time of each kernel under ONNX Runtime's profiler."""
@@ -163,6 +169,7 @@ class OnnxRuntimeEngine:
 
 
 _PROVIDERS = ("CPUExecutionProvider",)
+_INTEGER_TYPES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 
 def _options(settings: SessionSettings) -> ort.SessionOptions:
@@ -220,8 +227,8 @@ _LONGEST_FUSED_CHAIN = 4
 """Conv, BatchNormalization, Add, Relu."""
 
 
-def _precision(op_type: str) -> str:
-    if op_type in _INT8_KERNELS:
+def _precision(op_type: str, on_integers: bool) -> str:
+    if op_type in _INT8_KERNELS or on_integers:
         return "int8"
     if op_type in _CONVERSIONS:
         return "convert"
@@ -230,24 +237,27 @@ def _precision(op_type: str) -> str:
     return "float32"
 
 
-def _kernel(name: str, op_type: str, sites: _Sites) -> Kernel:
-    return Kernel(name, op_type, _precision(op_type), sites.find(name, op_type))
+def _kernel(name: str, op_type: str, sites: _Sites, on_integers: bool) -> Kernel:
+    return Kernel(name, op_type, _precision(op_type, on_integers), sites.find(name, op_type))
 
 
 def _kernel_times(events: list[dict[str, Any]], sites: _Sites, runs: int) -> tuple[KernelTime, ...]:
     times: dict[str, list[float]] = defaultdict(list)
     types: dict[str, str] = {}
+    integers: set[str] = set()
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
         name = event["name"].removesuffix("_kernel_time")
         times[name].append(float(event["dur"]))
         types[name] = event["args"]["op_name"]
+        if types[name] == "Clip" and "int8" in str(event["args"].get("input_type_shape", "")):
+            integers.add(name)
     if not times:
         raise EngineError("ONNX Runtime's profiler returned no kernels; is the graph empty?")
     return tuple(
         KernelTime(
-            _kernel(name, types[name], sites),
+            _kernel(name, types[name], sites, name in integers),
             statistics.median(durations[-runs:]),
         )
         for name, durations in times.items()

@@ -84,7 +84,7 @@ def test_debug_shows_the_traceback(switch: str) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "part"),
     [
-        (KeyboardInterrupt(), STOPPED, "nothing was written"),
+        (KeyboardInterrupt(), STOPPED, "no artifact was written"),
         (UsageError("one sentence"), USAGE, "Error: one sentence"),
         (CompressError("one sentence"), USAGE, "Error: one sentence"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), USAGE, "free space"),
@@ -244,7 +244,7 @@ def test_ctrl_c_leaves_nothing_behind(tiny_onnx: Path, tiny_images: Path, tmp_pa
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == STOPPED
-    assert "Stopped, nothing was written" in err
+    assert "Stopped; no artifact was written" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -32,7 +32,9 @@ def call_factory(text: str) -> torch.nn.Module:
     if isinstance(found, torch.nn.Module):
         return found
     if not callable(found):
-        raise UsageError(f"--model {text}: it is a {type(found).__name__} and cannot be called.")
+        raise UsageError(
+            f"--model {text}: its type is {type(found).__name__}, which cannot be called."
+        )
     try:
         module = found()
     except Exception as error:

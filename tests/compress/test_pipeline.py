@@ -268,7 +268,6 @@ def test_a_run_needs_a_model() -> None:
         compress.run(target="cpu")
 
 
-@pytest.mark.xfail(reason="run hands threads=None to every target", raises=UsageError, strict=True)
 def test_an_unavailable_target_is_refused_before_the_model_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

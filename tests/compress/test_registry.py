@@ -61,7 +61,6 @@ def test_a_broken_plugin_fails_only_for_those_who_ask(
         create_target("broken")
 
 
-@pytest.mark.xfail(reason="dataclasses.fields refuses a plain class", raises=TypeError, strict=True)
 def test_options_for_a_target_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = "[compress.targets]\nplain = acme_plugin2:Plain\n"
     folder = installed(tmp_path, entries)
