@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.data import Data
-from compress.errors import UsageError
+from compress.errors import EngineError, UsageError
 from compress.fidelity import fidelity
 from compress.graph import Site
 from compress.latency import measure
@@ -74,11 +74,15 @@ class Built:
 
 @dataclass(frozen=True)
 class Measured:
-    """All candidates, the original first, and what the runtime did with each site."""
+    """All candidates, the original first, and what the runtime did with each site.
+
+    `failures` says by name why a candidate is not among them.
+    """
 
     all: tuple[Built, ...]
     site_rows: tuple[Mapping[str, Any], ...]
     latency: Mapping[str, Any]
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     def built(self, name: str) -> Built:
         """The candidate of that name."""
@@ -107,17 +111,28 @@ def measure_candidates(
     seed: int,
     progress: Progress,
 ) -> Measured:
-    """Accuracy and fidelity in the target's runtime, then latency interleaved."""
+    """Accuracy and fidelity in the target's runtime, then latency interleaved.
+
+    A candidate that the runtime refuses costs that candidate and not the run.
+    """
     name = "int8" if any(step.name == "quantize" for step in compressed.history) else "rewritten"
-    engines = {FLOAT: target.build(original), name: target.build(compressed)}
-    before = evaluator(engines[FLOAT], progress) if evaluator else None
-    after = evaluator(engines[name], progress) if evaluator else None
-    samples = data or (evaluator.data if evaluator else None)
+    real = data or (evaluator.data if evaluator else None)
+    batch = _one_batch(original, real)
+    engines = {FLOAT: target.build(original)}
+    failures: dict[str, str] = {}
+    try:
+        engine = target.build(compressed)
+        engine(batch)
+        engines[name] = engine
+    except EngineError as error:
+        failures[name] = str(error)
+    scores = {label: evaluator(e, progress) if evaluator else None for label, e in engines.items()}
     source = "calibration data" if data else "evaluation data"
-    agreement = fidelity(
-        engines[FLOAT], engines[name], samples, source=source, seed=seed, progress=progress
-    )
-    batch = _one_batch(original, data or (evaluator.data if evaluator else None))
+    agreements = {
+        label: fidelity(engines[FLOAT], e, real, source=source, seed=seed, progress=progress)
+        for label, e in engines.items()
+        if label != FLOAT
+    }
     comparison = measure(
         {label: _call(engine, batch) for label, engine in engines.items()},
         seconds=seconds,
@@ -125,26 +140,22 @@ def measure_candidates(
         progress=progress,
     )
     kernels = {label: engine.kernels() for label, engine in engines.items()}
-    built = []
-    for label, engine in engines.items():
-        ratio = comparison.ratios.get(label)
-        score = before if label == FLOAT else after
-        built.append(
-            Built(
-                Candidate(
-                    name=label,
-                    size_bytes=_size(engine),
-                    timing=dataclasses.asdict(comparison.timings[label]),
-                    speedup=dataclasses.asdict(ratio) if ratio is not None else None,
-                    score=_score(score),
-                    drop=_drop(before, score) if label != FLOAT else None,
-                    fidelity=agreement.to_dict() if label != FLOAT else None,
-                    int8_macs=int8_share(kernels[label], sites),
-                    allowed=label == FLOAT or _allowed(before, after, limits),
-                ),
-                engine,
-            )
+
+    def candidate(label: str) -> Candidate:
+        before, after = scores[FLOAT], scores[label]
+        ratio, agreement = comparison.ratios.get(label), agreements.get(label)
+        return Candidate(
+            name=label,
+            size_bytes=_size(engines[label]),
+            timing=dataclasses.asdict(comparison.timings[label]),
+            speedup=dataclasses.asdict(ratio) if ratio is not None else None,
+            score=_score(after),
+            drop=_drop(before, after) if label != FLOAT else None,
+            fidelity=agreement.to_dict() if agreement is not None else None,
+            int8_macs=int8_share(kernels[label], sites),
+            allowed=label == FLOAT or _allowed(before, after, limits),
         )
+
     latency = {
         "batch": len(next(iter(batch.values()))) if original.inputs[0].shape else 1,
         "threads": getattr(target, "threads", None) or "all",
@@ -152,12 +163,18 @@ def measure_candidates(
         "seconds": comparison.seconds,
         "notes": list(comparison.notes),
     }
-    return Measured(tuple(built), site_rows(sites, kernels[name], _reasons(compressed)), latency)
+    return Measured(
+        tuple(Built(candidate(label), engine) for label, engine in engines.items()),
+        site_rows(sites, kernels.get(name, kernels[FLOAT]), _reasons(compressed)),
+        latency,
+        failures,
+    )
 
 
 def choose(measured: Measured, limits: Limits) -> Decision:
     """The fastest allowed candidate; the original where none is faster with confidence."""
-    best, fastest, sentences = FLOAT, 1.0, []
+    best, fastest = FLOAT, 1.0
+    sentences = [f"{name} failed: {reason}" for name, reason in measured.failures.items()]
     for one in measured.all[1:]:
         candidate, ratio = one.candidate, one.candidate.speedup
         faster = ratio is not None and ratio["verdict"] == "faster"

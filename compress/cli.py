@@ -122,6 +122,7 @@ def run(
     specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
     from compress import pipeline
 
+    _say_first(target)
     result = pipeline.run(
         model,
         factory=factory,
@@ -300,12 +301,15 @@ def profile(
         runs=runs,
         trust_pickle=trust_pickle,
     )
+    if out is None and not as_json:
+        out = Path(f"{report.model}-{report.target}-profile.json")
     if out is not None:
         _write_json(out, report.to_dict())
     if as_json:
         _print_json(report.to_dict())
     else:
         render.profile(report)
+        typer.echo(f"Written to {out}")
 
 
 @_command("targets", "compress targets", "compress targets --json")
@@ -361,6 +365,14 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
             f"{option} {text!r} is not a number or a comma-separated list of numbers. Write one "
             f"for all channels or one for each, for example {option} 0.485,0.456,0.406."
         ) from None
+
+
+def _say_first(target: str | None) -> None:
+    """What the user should know of the machine before any work."""
+    from compress.registry import create_target
+
+    for note in create_target(target or "cpu").capabilities.notes:
+        typer.secho(note, err=True, fg=typer.colors.YELLOW)
 
 
 def _progress() -> Progress:

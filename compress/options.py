@@ -106,7 +106,12 @@ CalibrationSamples = Annotated[
 ]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Batch size where it is dynamic.")]
 Runs = Annotated[int, typer.Option(metavar="N", min=1, help="Profiled runs.")]
-JsonFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON too.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Where the rows go as JSON.  [default: NAME-TARGET-profile.json]"
+    ),
+]
 Others = Annotated[
     list[str] | None,
     typer.Argument(metavar="B", help="More of them, compared with A."),

@@ -170,7 +170,8 @@ def run(
         command=_command(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         steps=tuple(_step(step) for step in compressed.history),
-        calibration=_calibration(compressed, data),
+        calibration={**_calibration(compressed), **_data(data)},
+        evaluation=_data(evaluator.data) if evaluator else {},
         model=_describe_model(original, exported),
         target=_describe_target(destination),
         machine={**dataclasses.asdict(this_machine()), "fingerprint": fingerprint(this_machine())},
@@ -304,7 +305,7 @@ def _apply(original: Model, recipe: Recipe, context: Context) -> tuple[Model, Mo
 def _remarks(compressed: Model, target: Target) -> list[str]:
     """What a reader must know about ranges and machine."""
     remarks = []
-    source = _calibration(compressed, None)["ranges_from"]
+    source = _calibration(compressed)["ranges_from"]
     if source and source != "calibration data":
         remarks.append(f"No calibration data were given; ranges come from {source}.")
     if hidden := macs_in_subgraphs(compressed.graph_model):
@@ -315,14 +316,16 @@ def _remarks(compressed: Model, target: Target) -> list[str]:
     return [*remarks, *target.capabilities.notes]
 
 
-def _calibration(compressed: Model, data: Data | None) -> dict[str, Any]:
+def _calibration(compressed: Model) -> dict[str, Any]:
     found = next((s.details for s in compressed.history if "ranges_from" in s.details), {})
     return {
         "ranges_from": found.get("ranges_from", ""),
         "samples": found.get("samples", 0),
-        "data": data.name if data is not None else "",
-        "sha256": data.sha256 if data is not None else "",
     }
+
+
+def _data(data: Data | None) -> dict[str, Any]:
+    return {"data": data.name, "sha256": data.sha256} if data is not None else {}
 
 
 def _plan(compressed: Model) -> Mapping[str, Any]:

@@ -49,7 +49,8 @@ class Report:
         sites: one row per operator: name, op_type, macs, parameters, precision, reason.
         steps: history of the compressed model, without the plan.
         latency: how the timing was made.
-        calibration: where ranges come from.
+        calibration: where ranges come from, and the hash of the data.
+        evaluation: what was scored, and the hash of the data.
         model: name, source, hash, inputs.
         target: name, options, facts with their source.
         machine: hardware and fingerprint.
@@ -69,6 +70,7 @@ class Report:
     steps: tuple[Mapping[str, Any], ...]
     latency: Mapping[str, Any]
     calibration: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
     model: Mapping[str, Any]
     target: Mapping[str, Any]
     machine: Mapping[str, Any]

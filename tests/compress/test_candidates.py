@@ -7,12 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.candidates import Built, Limits, Measured, choose, int8_share, site_rows
-from compress.errors import UsageError
-from compress.graph import Site
-from compress.model import Arrays
+from compress.candidates import (
+    Built,
+    Limits,
+    Measured,
+    choose,
+    int8_share,
+    measure_candidates,
+    site_rows,
+)
+from compress.data import load_data
+from compress.errors import EngineError, UsageError
+from compress.graph import Site, graph_sites
+from compress.model import Arrays, Model
+from compress.passes import Context
+from compress.progress import silent
+from compress.registry import create_pass
 from compress.report import Candidate
-from compress.target import Kernel, KernelTime
+from compress.target import Capabilities, Check, Engine, Kernel, KernelTime
+from compress.testing import tiny_exported
+from targets.cpu import CPU
 
 
 class NoEngine:
@@ -23,16 +37,16 @@ class NoEngine:
     outputs = ()
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        raise NotImplementedError
+        raise AssertionError("an engine was run")
 
     def save(self, directory: Path) -> list[Path]:
-        raise NotImplementedError
+        raise AssertionError("an engine was run")
 
     def kernels(self) -> tuple[Kernel, ...]:
-        raise NotImplementedError
+        raise AssertionError("an engine was run")
 
     def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
-        raise NotImplementedError
+        raise AssertionError("an engine was run")
 
 
 def candidate(name: str, value: float, verdict: str, allowed: bool = True, **rest: Any) -> Built:
@@ -168,3 +182,52 @@ def test_rows_say_what_became_of_each_site() -> None:
     assert rows["a"]["reason"] == ""
     assert rows["b"]["reason"] == "the runtime left it in float32 although Q/DQ surround it"
     assert (rows["r"]["precision"], rows["r"]["reason"]) == ("fused", "absorbed")
+
+
+class _RefusesInt8:
+    """ONNX Runtime, but a runtime that cannot load quantized models."""
+
+    name = "picky"
+    cpu = CPU(threads=1)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.cpu.capabilities
+
+    def check(self) -> Check:
+        return self.cpu.check()
+
+    def load(self, directory: Path) -> Engine:
+        return self.cpu.load(directory)
+
+    def build(self, model: Model) -> Engine:
+        if any(node.op_type == "QuantizeLinear" for node in model.graph_model.graph):
+            raise EngineError("This runtime has no QuantizeLinear.")
+        return self.cpu.build(model)
+
+
+def test_a_refused_candidate_costs_only_that_candidate() -> None:
+    target = _RefusesInt8()
+    exported = tiny_exported(target.capabilities.opset)
+    data = load_data(exported.example(4), exported.inputs)
+    context = Context(target=CPU(threads=1), original=exported, calibration=data)
+    step = create_pass("quantize")
+    compressed = step.apply(tiny_exported(target.capabilities.opset), context)
+    limits = Limits.parse(None, None, evaluated=False)
+    measured = measure_candidates(
+        target,
+        exported,
+        compressed,
+        graph_sites(exported.graph_model),
+        data=data,
+        evaluator=None,
+        limits=limits,
+        seconds=0.5,
+        seed=0,
+        progress=silent,
+    )
+    decision = choose(measured, limits)
+    assert [one.candidate.name for one in measured.all] == ["float32"]
+    assert decision.chosen == "float32"
+    assert not decision.met
+    assert decision.sentences[0] == "int8 failed: This runtime has no QuantizeLinear."
