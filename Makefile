@@ -25,8 +25,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/dev.stamp
-	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(VENV)/bench.stamp
+	@for name in limits zoo cifar_ptq; do \
+		echo "benchmarks/$$name.py"; $(BIN)/python -W ignore -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -36,6 +37,12 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing hwcompress into $(VENV)"
 	@$(PIP) --editable . scikit-learn
+	@touch $@
+
+$(VENV)/bench.stamp: $(VENV)/dev.stamp
+	@echo "Installing what the benchmarks compare with into $(VENV)"
+	@$(PIP) --editable ".[openvino]"
+	@$(PIP) --no-deps torchvision
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp

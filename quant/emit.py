@@ -75,7 +75,8 @@ class _Emitter:
         uses = [
             use
             for use in value.uses()
-            if produced or self.plan.roles.get(use.node.name or "") is not None
+            if use.node.graph is self.graph
+            and (produced or self.plan.roles.get(use.node.name or "") is not None)
         ]
         keep_output = value.is_graph_output() and produced
         if not uses and not keep_output:
