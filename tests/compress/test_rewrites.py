@@ -301,17 +301,6 @@ def test_a_rewrite_that_changes_the_outputs_is_an_error(onnx_model: Build) -> No
 class RewriteContract(PassContract):
     target = TARGET
 
-    @pytest.fixture(autouse=True)
-    def _share(self, exported_once: Model) -> None:
-        self._exported = exported_once
-
-    def model(self) -> Model:
-        graph_model = self._exported.graph_model.clone()
-        return self._exported.evolve(graph_model, self._exported.history[-1])
-
-    def context(self, model: Model) -> Context:
-        return Context(target=TARGET, original=self._exported)
-
 
 class TestFoldBatchNorm(RewriteContract):
     step = FoldBatchNorm()
