@@ -13,12 +13,12 @@ from compress.data import Data
 from compress.errors import EngineError, UsageError
 from compress.fidelity import fidelity
 from compress.graph import Site
-from compress.latency import measure
 from compress.max_drop import MaxDrop, parse_max_drop
 from compress.metrics import Evaluator, Score, paired_drop
 from compress.model import Arrays, Model
 from compress.progress import Progress
 from compress.report import Candidate
+from compress.sessions import SESSIONS, measure_sessions
 from compress.target import Engine, Kernel, Target
 
 DEFAULT_MAX_DROP = "1%"
@@ -133,8 +133,9 @@ def measure_candidates(
         for label, e in engines.items()
         if label != FLOAT
     }
-    comparison = measure(
-        {label: _call(engine, batch) for label, engine in engines.items()},
+    models = {FLOAT: original, name: compressed}
+    comparison = measure_sessions(
+        lambda: {label: _call(target.build(models[label]), batch) for label in engines},
         seconds=seconds,
         seed=seed,
         progress=progress,
@@ -159,6 +160,7 @@ def measure_candidates(
     latency = {
         "batch": len(next(iter(batch.values()))) if original.inputs[0].shape else 1,
         "threads": getattr(target, "threads", None) or "all",
+        "sessions": SESSIONS,
         "rounds": comparison.rounds,
         "seconds": comparison.seconds,
         "notes": list(comparison.notes),

@@ -51,7 +51,8 @@ def _latency(report: Report) -> str:
     notes = " ".join(latency["notes"])
     return (
         f"Latency: batch {latency['batch']}, {latency['threads']} threads, {latency['rounds']} "
-        f"interleaved rounds in {latency['seconds']:.1f} s, median with 95 % bootstrap interval. "
+        f"interleaved rounds in {latency['sessions']} sessions and {latency['seconds']:.1f} s; the "
+        f"intervals span the sessions' 95 % bootstrap intervals. "
         f"{notes}"
     ).rstrip()
 

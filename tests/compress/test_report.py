@@ -51,7 +51,7 @@ def report(**changes: Any) -> Report:
         "candidates": (first, second),
         "sites": (row("a", 750, "int8"), row("b|c", 250, "float32", "kept")),
         "steps": ({"name": "quantize", "options": {}, "details": {"samples": 8, "map": {}}},),
-        "latency": {"batch": 1, "threads": 1, "rounds": 9, "seconds": 0.5, "notes": ["A note."]},
+        "latency": {"batch": 1, "threads": 1, "rounds": 9, "sessions": 3, "seconds": 0.5, "notes": ["A note."]},
         "calibration": {},
         "model": {"name": "net", "source": "ONNX model", "sha256": "", "inputs": []},
         "target": {"name": "cpu"},
