@@ -102,7 +102,14 @@ class Recipe:
 
 def default_passes(**quantize: Any) -> tuple[Pass, ...]:
     """Free rewrites, then quantization with these options."""
-    free = ("remove_identity", "fold_pad", "fold_batchnorm", "pool_spatial_mean", "depthwise_form")
+    free = (
+        "remove_identity",
+        "fold_pad",
+        "fold_batchnorm",
+        "pool_spatial_mean",
+        "depthwise_form",
+        "linear_as_gemm",
+    )
     return (*(create_pass(name) for name in free), create_pass("quantize", **quantize))
 
 

@@ -1,4 +1,4 @@
-"""FoldPad and DepthwiseForm: the same numbers from fewer or faster operators."""
+"""FoldPad, DepthwiseForm, LinearAsGemm: the same numbers from fewer or faster operators."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from onnx import numpy_helper
 
 from compress.depthwise import DepthwiseForm
 from compress.fold_pad import FoldPad
+from compress.linear import LinearAsGemm
 from compress.loading import load
 from compress.model import Model
-from compress.passes import Context
+from compress.passes import Context, Pass
 from compress.reference import reference_session, run
 from compress.testing import PassContract, tiny_model
 from targets.cpu import CPU
@@ -36,7 +37,7 @@ def outputs(model: Model) -> np.ndarray:
     return run(reference_session(model.graph_model), model.example(2))["y"]
 
 
-def apply(step: DepthwiseForm | FoldPad, model: Model) -> tuple[Model, np.ndarray, np.ndarray]:
+def apply(step: Pass, model: Model) -> tuple[Model, np.ndarray, np.ndarray]:
     before = outputs(model)
     after = step.apply(model, Context(target=TARGET, original=model))
     return after, before, outputs(after)
@@ -153,3 +154,52 @@ def test_the_tiny_networks_batchnorms_are_rewritten_when_nothing_folds_them() ->
     after = DepthwiseForm().apply(model, Context(target=TARGET, original=tiny_model()))
     assert after.history[-1].details["rewritten"] == 3
     assert "BatchNormalization" not in operators(after)
+
+
+class TestLinearAsGemm(PassContract):
+    """The contract, on a network without linear layers on tokens."""
+
+    step = LinearAsGemm()
+    target = TARGET
+
+
+def tokens(body: str, shape: str = "batch,4,9,9") -> Model:
+    """Input x, weight w (9, 5), biases b (5,), c (1, 1, 5) and r (9, 1), output y."""
+    proto = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[{shape}] x) => (float y) {{{body}}}""")
+    rng = np.random.default_rng(2)
+    shapes = {"w": (9, 5), "b": (5,), "c": (1, 1, 5), "r": (9, 1)}
+    for name, size in shapes.items():
+        if f"{name})" in body or f"({name}," in body:
+            array = rng.standard_normal(size).astype(np.float32)
+            proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    return load(onnx.shape_inference.infer_shapes(proto))
+
+
+@pytest.mark.parametrize("shape", ["batch,4,9,9", "batch,3,9", "2,3,9"])
+@pytest.mark.parametrize("addition", ["Add(m, b)", "Add(b, m)", "Add(m, c)"])
+def test_a_linear_layer_on_tokens_becomes_gemm(shape: str, addition: str) -> None:
+    after, before, now = apply(
+        LinearAsGemm(), tokens(f"[fc] m = MatMul(x, w) [add] y = {addition}", shape)
+    )
+    assert operators(after) == {"Reshape": 2, "Gemm": 1}
+    assert "fc" in {node.name for node in after.graph_model.graph if node.op_type == "Gemm"}
+    assert after.graph_model.graph.outputs[0].name == "y"
+    np.testing.assert_allclose(now, before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("m = MatMul(x, w) y = Add(m, r)", id="bias-of-rows"),
+        pytest.param("m = MatMul(x, w) a = Add(m, b) y = Mul(a, m)", id="two-readers"),
+        pytest.param("m = MatMul(x, w) y = Mul(m, b)", id="no-addition"),
+        pytest.param("m = MatMul(x, x) y = Add(m, m)", id="two-activations"),
+    ],
+)
+def test_other_products_stay(body: str) -> None:
+    model = tokens(body)
+    count = operators(model)
+    after, before, now = apply(LinearAsGemm(), model)
+    assert operators(after) == count
+    np.testing.assert_array_equal(now, before)
