@@ -89,7 +89,7 @@ def test_markdown_begins_with_what_matters() -> None:
         "| float32 | 1.83 ms [1.80, 1.86] | 1 | 123.5 kB | not evaluated |",
         "| b\\|c | Conv | 25.00% | kept |",
         "1. `quantize`: samples 8",
-        "9 interleaved rounds in 0.5 s",
+        "9 interleaved rounds in 3 sessions and 0.5 s",
         "A note.",
         "sha256 none",
         "- command: Python API",
