@@ -56,7 +56,7 @@ def reference_session(
     """A CPU session; without `optimize` operators run as they are written."""
     options = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_BASIC if optimize else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.enable_mem_pattern = False
     return session(graph_model, options, ["CPUExecutionProvider"])
