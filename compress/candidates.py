@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from compress.data import Data
-from compress.errors import EngineError, UsageError
-from compress.fidelity import fidelity
+from compress.errors import UsageError
+from compress.fidelity import Fidelity, fidelity
 from compress.graph import Site
 from compress.max_drop import MaxDrop, parse_max_drop
 from compress.metrics import Evaluator, Score, paired_drop
-from compress.model import Arrays, Model
+from compress.model import Model
 from compress.progress import Progress
 from compress.report import Candidate
+from compress.search import Searched
 from compress.sessions import SESSIONS, measure_sessions
-from compress.target import Engine, Kernel, Target
+from compress.target import Engine, Kernel
+from compress.variants import BASELINE, Variant, settings
 
 DEFAULT_MAX_DROP = "1%"
-FLOAT = "float32"
+FLOAT = BASELINE
 FUSED = "fused"
 
 
@@ -66,21 +68,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """A candidate with the engine that was measured."""
+    """A candidate with the engine that was measured, and what it was built from."""
 
     candidate: Candidate
     engine: Engine
+    variant: Variant
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All candidates, the original first, and what the runtime did with each site.
-
-    `failures` says by name why a candidate is not among them.
-    """
+    """All candidates, the original first; `failures` says by name why one is not among them."""
 
     all: tuple[Built, ...]
-    site_rows: tuple[Mapping[str, Any], ...]
     latency: Mapping[str, Any]
     failures: Mapping[str, str] = field(default_factory=dict)
 
@@ -98,10 +97,8 @@ class Decision:
     sentences: tuple[str, ...]
 
 
-def measure_candidates(
-    target: Target,
-    original: Model,
-    compressed: Model,
+def measure_finals(
+    searched: Searched,
     sites: Sequence[Site],
     *,
     data: Data | None,
@@ -111,65 +108,68 @@ def measure_candidates(
     seed: int,
     progress: Progress,
 ) -> Measured:
-    """Accuracy and fidelity in the target's runtime, then latency interleaved.
+    """Latency of the finalists in several sessions, then accuracy and fidelity in their runtimes.
 
-    A candidate that the runtime refuses costs that candidate and not the run.
+    Accuracy is measured from the fastest on, until one keeps the limit on the drop.
     """
-    name = "int8" if any(step.name == "quantize" for step in compressed.history) else "rewritten"
-    real = data or (evaluator.data if evaluator else None)
-    batch = _one_batch(original, real)
-    engines = {FLOAT: target.build(original)}
-    failures: dict[str, str] = {}
-    try:
-        engine = target.build(compressed)
-        engine(batch)
-        engines[name] = engine
-    except EngineError as error:
-        failures[name] = str(error)
-    scores = {label: evaluator(e, progress) if evaluator else None for label, e in engines.items()}
-    source = "calibration data" if data else "evaluation data"
-    agreements = {
-        label: fidelity(engines[FLOAT], e, real, source=source, seed=seed, progress=progress)
-        for label, e in engines.items()
-        if label != FLOAT
-    }
-    models = {FLOAT: original, name: compressed}
+    workload, engines = searched.screening.workload, searched.screening.engines
     comparison = measure_sessions(
-        lambda: {label: _call(target.build(models[label]), batch) for label in engines},
+        lambda: {
+            v.name: workload.call(v.target.build(v.model), v.target) for v in searched.finalists
+        },
         seconds=seconds,
+        requests=workload.requests,
         seed=seed,
         progress=progress,
     )
-    kernels = {label: engine.kernels() for label, engine in engines.items()}
+    order = sorted(comparison.ratios, key=lambda name: -comparison.ratios[name].value)
+    scores: dict[str, Score | None] = dict.fromkeys((FLOAT, *order))
+    agreements: dict[str, Fidelity] = {}
+    real = data or (evaluator.data if evaluator else None)
+    source = "calibration data" if data else "evaluation data"
+    if evaluator is not None:
+        scores[FLOAT] = evaluator(engines[FLOAT], progress)
+    for name in order:
+        agreements[name] = fidelity(
+            engines[FLOAT], engines[name], real, source=source, seed=seed, progress=progress
+        )
+        if evaluator is not None:
+            scores[name] = evaluator(engines[name], progress)
+            if _allowed(scores[FLOAT], scores[name], limits):
+                break
 
-    def candidate(label: str) -> Candidate:
-        before, after = scores[FLOAT], scores[label]
-        ratio, agreement = comparison.ratios.get(label), agreements.get(label)
+    def candidate(variant: Variant) -> Candidate:
+        name = variant.name
+        before, after = scores[FLOAT], scores[name]
+        ratio, agreement = comparison.ratios.get(name), agreements.get(name)
+        judged = evaluator is None or after is not None
         return Candidate(
-            name=label,
-            size_bytes=_size(engines[label]),
-            timing=dataclasses.asdict(comparison.timings[label]),
+            name=name,
+            runtime=variant.target.name,
+            precision=variant.precision,
+            settings=settings(variant.target),
+            size_bytes=_size(engines[name]),
+            timing=dataclasses.asdict(comparison.timings[name]),
             speedup=dataclasses.asdict(ratio) if ratio is not None else None,
             score=_score(after),
-            drop=_drop(before, after) if label != FLOAT else None,
+            drop=_drop(before, after) if name != FLOAT else None,
             fidelity=agreement.to_dict() if agreement is not None else None,
-            int8_macs=int8_share(kernels[label], sites),
-            allowed=label == FLOAT or _allowed(before, after, limits),
+            int8_macs=int8_share(engines[name].kernels(), sites),
+            allowed=name == FLOAT or (judged and _allowed(before, after, limits)),
         )
 
     latency = {
-        "batch": len(next(iter(batch.values()))) if original.inputs[0].shape else 1,
-        "threads": getattr(target, "threads", None) or "all",
+        **workload.to_dict(),
+        "threads": getattr(searched.finalists[0].target, "threads", None) or "all",
         "sessions": SESSIONS,
         "rounds": comparison.rounds,
         "seconds": comparison.seconds,
         "notes": list(comparison.notes),
     }
     return Measured(
-        tuple(Built(candidate(label), engine) for label, engine in engines.items()),
-        site_rows(sites, kernels.get(name, kernels[FLOAT]), _reasons(compressed)),
+        tuple(Built(candidate(v), engines[v.name], v) for v in searched.finalists),
         latency,
-        failures,
+        searched.screening.failures,
     )
 
 
@@ -251,23 +251,12 @@ def site_rows(
     return tuple(rows)
 
 
-def _reasons(model: Model) -> Mapping[str, str]:
+def reasons(model: Model) -> Mapping[str, str]:
+    """Why operators stay in float, by site, as the last pass that decided said."""
     for step in reversed(model.history):
         if "reasons" in step.details:
             return dict(step.details["reasons"])
     return {}
-
-
-def _one_batch(model: Model, data: Data | None) -> Arrays:
-    """Inputs to time with: one real sample where there is one, and the model's own batch size."""
-    if data is not None and model.dynamic_batch:
-        for batch in data.batches(1):
-            return dict(batch.inputs)
-    return model.example()
-
-
-def _call(engine: Engine, batch: Arrays) -> Any:
-    return lambda: engine(batch)
 
 
 def _size(engine: Engine) -> int:

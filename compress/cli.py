@@ -88,6 +88,7 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "compress run model.pt --input 1x3x224x224 --calibration photos/ --eval test.npz "
     "--max-drop 0.5%",
     "compress run --model torchvision.models:resnet18 --input 1x3x224x224 --threads 1 --json",
+    "compress run model.onnx --target openvino --batch 8 --objective throughput --time 120",
 )
 def run(
     model: options.Source = None,
@@ -108,6 +109,9 @@ def run(
     mean: options.Mean = None,
     std: options.Std = None,
     threads: options.Threads = None,
+    batch: options.RecipeBatch = None,
+    objective: options.Objective = None,
+    search_seconds: options.Time = None,
     seconds: options.RecipeSeconds = None,
     seed: options.RecipeSeed = None,
     trust_pickle: options.TrustPickle = False,
@@ -115,8 +119,9 @@ def run(
 ) -> None:
     """Compress a model, measure it, write an artifact.
 
-    The artifact is the fastest candidate that stays within the budget; where int8 does not pay,
-    that is the float model, and the report says so first.
+    The artifact is the fastest candidate that stays within the budget: float, int8 or a mix of
+    both, in the runtime that runs it fastest. Where nothing pays, it is the float model that came
+    in, and the report says so first.
     """
     # Options are read before anything heavy is imported, so that a slip shows at once.
     specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
@@ -142,6 +147,9 @@ def run(
         mean=means,
         std=deviations,
         threads=threads,
+        batch=batch,
+        objective=objective,
+        search_seconds=search_seconds,
         seconds=seconds,
         seed=seed,
         trust_pickle=trust_pickle,
@@ -287,7 +295,8 @@ def profile(
 ) -> None:
     """Show where the time goes, kernel by kernel.
 
-    Kernels are what the target made of the model after its own fusions.
+    Kernels are what the target made of the model after its own fusions. Where several runtimes
+    serve the target, they are shown side by side, layer by layer.
     """
     specs = _specs(inputs)
     from compress import profiling, render

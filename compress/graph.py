@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter, defaultdict
@@ -103,6 +104,19 @@ def name_sites(graph_model: ir.Model) -> None:
         node.name = f"{base}.{taken[base]}" if taken[base] else base
         taken[base] += 1
         node.metadata_props.pop(NAME_SCOPES, None)
+
+
+def graph_sha256(graph_model: ir.Model) -> str:
+    """Hash of operators, names, attributes and weights: of everything that decides results."""
+    digest = hashlib.sha256()
+    for node in graph_model.graph:
+        digest.update(f"{node.op_type} {node.name} {list(node.attributes.values())}".encode())
+        digest.update(str([value.name if value else None for value in node.inputs]).encode())
+    for name, value in graph_model.graph.initializers.items():
+        if value.const_value is not None:
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(value.const_value.numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def _module_path(node: ir.Node) -> str | None:

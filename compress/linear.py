@@ -30,9 +30,13 @@ class LinearAsGemm:
         """Applies to every model."""
 
     def apply(self, model: Model, context: Context) -> Model:
-        """Rewrite every such pair whose shapes are known but for one axis."""
+        """Rewrite every such pair whose shapes are known but for one axis.
+
+        A target whose kernels are faster on MatMul is left alone.
+        """
         graph = model.graph_model.graph
-        pairs = [pair for node in graph if (pair := _linear(node)) is not None]
+        wanted = context.target.capabilities.linear == "Gemm"
+        pairs = [pair for node in graph if wanted and (pair := _linear(node)) is not None]
         expected = run(reference_session(model.graph_model), model.example()) if pairs else {}
         for product, addition, bias in pairs:
             _rewrite(graph, product, addition, bias)

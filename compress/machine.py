@@ -72,6 +72,11 @@ class Machine:
     python: str
 
     @property
+    def is_x86(self) -> bool:
+        """Whether it is a 64-bit x86 processor, under either of its names."""
+        return self.architecture in ("x86_64", "AMD64")
+
+    @property
     def int8_dot_product(self) -> bool:
         """Whether it has an instruction that multiplies and adds groups of int8."""
         return not _INT8.isdisjoint(self.features)

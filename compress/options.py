@@ -139,3 +139,23 @@ RecipeSeed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.  [default: 0]"),
 ]
+RecipeBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", metavar="N", min=1, help="Batch size where it is dynamic.  [default: 1]"
+    ),
+]
+Objective = Annotated[
+    Literal["latency", "throughput"] | None,
+    typer.Option(help="One request at a time, or several in flight.  [default: latency]"),
+]
+Time = Annotated[
+    float | None,
+    typer.Option(
+        "--time",
+        metavar="S",
+        min=0,
+        help="Seconds to look for the fastest placement of int8 and the fastest settings; 0 tries "
+        "whole models only.  [default: 60]",
+    ),
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -26,6 +26,8 @@ class Context:
         seed: of everything random.
         progress: opens a tracker for each long step.
         cache: folder for statistics that can be computed again, or None.
+        memo: what a pass computed and can use when it is applied to the same original again,
+            by the pass's name.
     """
 
     target: Target
@@ -34,6 +36,7 @@ class Context:
     seed: int = 0
     progress: Progress = silent
     cache: Path | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -52,6 +55,17 @@ class Pass(Protocol):
 
     def apply(self, model: Model, context: Context) -> Model:
         """The transformed model. The pass owns `model` and may change it in place."""
+
+
+@runtime_checkable
+class Placing(Pass, Protocol):
+    """A pass that chooses a precision for each operator.
+
+    Attributes:
+        keep_float: names of operators that it leaves as they are.
+    """
+
+    keep_float: tuple[str, ...]
 
 
 def options(step: Pass) -> dict[str, Any]:

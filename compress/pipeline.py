@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import shlex
-import sys
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,23 +17,48 @@ from typing import Any
 import numpy as np
 
 from compress import artifact
-from compress.candidates import Limits, Measured, choose, measure_candidates
+from compress.candidates import Built, Limits, choose, measure_finals
 from compress.data import Data, load_data
 from compress.errors import EngineError, UsageError
-from compress.export import to_onnx
-from compress.graph import graph_sites, macs_in_subgraphs
-from compress.loading import load, to_torch
+from compress.facts import (
+    calibration_facts,
+    command_line,
+    data_facts,
+    model_facts,
+    plan_of,
+    region_rows,
+    remarks,
+    shown_model,
+    site_rows_of,
+    step_facts,
+    target_facts,
+)
+from compress.graph import graph_sha256, graph_sites
+from compress.loading import load
+from compress.lowering import export, lower
 from compress.machine import fingerprint, this_machine, versions
 from compress.metrics import Evaluator, resolve_evaluator
-from compress.model import Model, Step, TensorSpec, random_inputs
+from compress.model import Model, TensorSpec, random_inputs
 from compress.passes import Context, Pass
 from compress.progress import Progress, silent
 from compress.recipe import Recipe, default_passes
 from compress.registry import create_target, require_target
 from compress.report import Report
-from compress.target import Engine, Target
+from compress.search import DEFAULT_SECONDS, search
+from compress.target import Engine, Target, runtimes
+from compress.variants import settings as settings_of
+from compress.workload import Workload, make_workload
 
-PACKAGES = ("hwcompress", "torch", "onnx", "onnxruntime", "onnx-ir", "onnxscript", "numpy")
+PACKAGES = (
+    "hwcompress",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnx-ir",
+    "onnxscript",
+    "numpy",
+    "openvino",
+)
 CACHE = Path("~/.cache/hwcompress")
 
 
@@ -68,12 +93,15 @@ def run(
     min_speedup: float | None = None,
     out: Path | str | None = None,
     threads: int | None = None,
+    batch: int | None = None,
+    objective: str | None = None,
     layout: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     samples: int | None = None,
     method: str | None = None,
     recipe: Path | str | Recipe | None = None,
+    search_seconds: float | None = None,
     seconds: float | None = None,
     seed: int | None = None,
     trust_pickle: bool = False,
@@ -84,7 +112,7 @@ def run(
 
     Args:
         model: a path, a torch module, an ONNX model, or None with `factory` or a recipe.
-        target: name of a registered target; "cpu".
+        target: name of a registered target; "cpu", which takes the fastest runtime.
         bits: of weights and activations; 8.
         factory: `module:function` that makes the network.
         inputs: shapes such as "1x3x224x224" where the model does not say.
@@ -96,7 +124,9 @@ def run(
             something to evaluate.
         min_speedup: smallest speed-up over the original that counts as success.
         out: directory of the artifact.
-        threads: of one operator; all usable cores.
+        threads: of the runtime; all usable cores.
+        batch: samples in one request, where the model's batch is dynamic; 1.
+        objective: "latency" of one request (the default), or "throughput" of many in flight.
         layout: of image data, "nchw", "nhwc" or "auto".
         mean: per channel, subtracted after scaling to 0..1.
         std: per channel, divided by.
@@ -104,7 +134,9 @@ def run(
         method: range method: "minmax", "percentile", "mse" (the default) or "entropy".
         recipe: a recipe or its file; fills in what the arguments leave out, and its passes
             replace the default ones.
-        seconds: time for the latency measurement; 10.
+        search_seconds: time to look for the fastest placement of int8 and the fastest settings;
+            60. 0 tries only whole models in float and int8.
+        seconds: time for the final latency measurement; 10.
         seed: of everything random; 0.
         trust_pickle: unpickle `model` even if that executes code.
         overwrite: replace an existing artifact.
@@ -118,7 +150,7 @@ def run(
     read = Recipe.from_yaml(recipe) if isinstance(recipe, (str, Path)) else recipe
     settings = _Settings.resolve(given, read)
     passes = _passes(read, bits=bits, method=method, samples=samples)
-    destination = create_target(settings.target, threads=settings.threads)
+    destination = settings.create_target()
     require_target(destination)
     with clock.phase("load"):
         original = load(
@@ -130,7 +162,8 @@ def run(
     directory = Path(out) if out is not None else Path(f"{original.name}-{destination.name}-int8")
     artifact.check_output(directory, overwrite)
     for step in passes:
-        step.check(original, destination)
+        for one in runtimes(destination):
+            step.check(original, one)
     data, evaluator = _read_data(settings, original)
     limits = Limits.parse(settings.max_drop, settings.min_speedup, evaluator is not None)
 
@@ -142,14 +175,35 @@ def run(
         progress=progress,
         cache=CACHE.expanduser(),
     )
+    workload_threads = settings.threads or this_machine().cores
     with clock.phase("export"):
-        exported, compressed = _apply(original, Recipe(passes), context)
+        exported, start = export(original, passes, context)
+    workload = make_workload(
+        exported,
+        data or (evaluator.data if evaluator else None),
+        batch=settings.batch,
+        objective=settings.objective,
+        threads=workload_threads,
+    )
+    with clock.phase("compress"):
+        lowered = [
+            lower(start, passes, dataclasses.replace(context, target=one))
+            for one in runtimes(destination)
+        ]
+    with clock.phase("search"):
+        searched = search(
+            exported,
+            lowered,
+            workload,
+            seconds=settings.search_seconds,
+            seed=settings.seed,
+            progress=progress,
+            memory=_memory(exported, passes, data, destination, workload),
+        )
     sites = graph_sites(exported.graph_model)
     with clock.phase("measure"):
-        measured = measure_candidates(
-            destination,
-            exported,
-            compressed,
+        measured = measure_finals(
+            searched,
             sites,
             data=data,
             evaluator=evaluator,
@@ -159,28 +213,30 @@ def run(
             progress=progress,
         )
     decision = choose(measured, limits)
+    chosen = measured.built(decision.chosen)
     report = Report(
-        headline=(*decision.sentences, *_remarks(compressed, destination)),
+        headline=(*decision.sentences, *remarks(searched, exported, destination)),
         met=decision.met,
         chosen=decision.chosen,
         budget=limits.to_dict(),
         candidates=tuple(one.candidate for one in measured.all),
-        sites=measured.site_rows,
+        sites=site_rows_of(sites, measured, decision.chosen),
+        tried=tuple(searched.screening.rows()),
+        regions=region_rows(searched, chosen),
         latency=measured.latency,
-        command=_command(),
+        command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        steps=tuple(_step(step) for step in compressed.history),
-        calibration={**_calibration(compressed), **_data(data)},
-        evaluation=_data(evaluator.data) if evaluator else {},
-        model=_describe_model(original, exported),
-        target=_describe_target(destination),
+        steps=tuple(step_facts(step) for step in shown_model(measured, decision.chosen).history),
+        calibration={**calibration_facts(searched), **data_facts(data)},
+        evaluation=data_facts(evaluator.data) if evaluator else {},
+        model=model_facts(original, exported),
+        target=target_facts(destination, chosen),
         machine={**dataclasses.asdict(this_machine()), "fingerprint": fingerprint(this_machine())},
         versions=versions(*PACKAGES),
     )
     recipe_text = Recipe(passes, settings.as_recipe()).to_yaml()
     with clock.phase("write"):
-        plan = _plan(compressed)
-        report = _write(report, measured, recipe_text, plan, directory, destination, clock)
+        report = _write(report, chosen, recipe_text, directory, clock)
     return RunResult(report, directory)
 
 
@@ -200,8 +256,18 @@ class _Settings:
     std: Sequence[float] | None = None
     max_drop: str | float | None = None
     min_speedup: float | None = None
+    batch: int = 1
+    objective: str = "latency"
+    search_seconds: float = DEFAULT_SECONDS
     seconds: float = 10.0
     seed: int = 0
+
+    def create_target(self) -> Target:
+        """The target, for throughput with one stream for each thread."""
+        streams = None
+        if self.objective == "throughput":
+            streams = self.threads or this_machine().cores
+        return create_target(self.target, threads=self.threads, streams=streams)
 
     @classmethod
     def resolve(cls, given: dict[str, Any], recipe: Recipe | None) -> _Settings:
@@ -222,6 +288,11 @@ class _Settings:
             raise UsageError(f"--seed {settings.seed} must be 0 or more.")
         if not 0.5 <= settings.seconds <= 3600:
             raise UsageError(f"--seconds {settings.seconds} is out of range: 0.5 to 3600.")
+        if not 0 <= settings.search_seconds <= 86400:
+            raise UsageError(
+                f"--time {settings.search_seconds} is out of range: 0 to 86400 seconds; 0 tries "
+                f"only whole models in float and in int8."
+            )
         return settings
 
     def as_recipe(self) -> dict[str, Any]:
@@ -279,112 +350,31 @@ def _read_data(settings: _Settings, model: Model) -> tuple[Data | None, Evaluato
     return data, evaluator
 
 
-def _apply(original: Model, recipe: Recipe, context: Context) -> tuple[Model, Model]:
-    """The exported original, and the model after every pass."""
-    opset = context.target.capabilities.opset
-    model = original
-    for step in recipe.passes:
-        if step.stage == "torch":
-            model = step.apply(to_torch(model), context)
-    exported = to_onnx(original, opset, context.progress, context.calibration)
-    start = exported if model is original else to_onnx(model, opset, context.progress)
-    compressed = dataclasses.replace(start, program=start.graph_model.clone())
-    for step in recipe.passes:
-        if step.stage == "onnx":
-            before = [value.name for value in compressed.graph_model.graph.outputs]
-            compressed = step.apply(compressed, context)
-            after = [value.name for value in compressed.graph_model.graph.outputs]
-            if before != after:
-                raise EngineError(
-                    f"Pass {step.name} changed the outputs from {before} to {after}; a pass must "
-                    f"keep them. Please report it to its author."
-                )
-    return exported, compressed
+def _memory(
+    exported: Model, passes: Sequence[Pass], data: Data | None, target: Target, workload: Workload
+) -> Path:
+    """Where the placements of this model, data, target and machine are remembered."""
+    parts = [
+        graph_sha256(exported.graph_model),
+        Recipe(tuple(passes)).to_yaml(),
+        data.sha256 if data is not None else "",
+        target.name,
+        settings_of(target),
+        workload.to_dict(),
+        fingerprint(this_machine()),
+        versions(*PACKAGES),
+        os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+    ]
+    key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+    return CACHE.expanduser() / f"placement-{key}.json"
 
 
-def _remarks(compressed: Model, target: Target) -> list[str]:
-    """What a reader must know about ranges and machine."""
-    remarks = []
-    source = _calibration(compressed)["ranges_from"]
-    if source and source != "calibration data":
-        remarks.append(f"No calibration data were given; ranges come from {source}.")
-    if hidden := macs_in_subgraphs(compressed.graph_model):
-        remarks.append(
-            f"{hidden} operators with multiply-accumulates are inside If, Loop or Scan: they stay "
-            f"in float, and the shares of MACs do not count them."
-        )
-    return [*remarks, *target.capabilities.notes]
-
-
-def _calibration(compressed: Model) -> dict[str, Any]:
-    found = next((s.details for s in compressed.history if "ranges_from" in s.details), {})
-    return {
-        "ranges_from": found.get("ranges_from", ""),
-        "samples": found.get("samples", 0),
-    }
-
-
-def _data(data: Data | None) -> dict[str, Any]:
-    return {"data": data.name, "sha256": data.sha256} if data is not None else {}
-
-
-def _plan(compressed: Model) -> Mapping[str, Any]:
-    found = (step.details["plan"] for step in compressed.history if "plan" in step.details)
-    return next(found, {})
-
-
-def _step(step: Step) -> dict[str, Any]:
-    """A step without the plan, which is written to a file of its own."""
-    details = {k: v for k, v in step.details.items() if k not in ("plan", "reasons")}
-    return {"name": step.name, "options": dict(step.options), "details": details}
-
-
-def _describe_model(original: Model, exported: Model) -> dict[str, Any]:
-    return {
-        "name": original.name,
-        "source": original.source,
-        "sha256": original.sha256,
-        "inputs": [str(spec) for spec in exported.inputs],
-    }
-
-
-def _describe_target(target: Target) -> dict[str, Any]:
-    facts = target.capabilities
-    options: dict[str, Any] = {}
-    if dataclasses.is_dataclass(target) and not isinstance(target, type):
-        options = dataclasses.asdict(target)
-    return {
-        "name": target.name,
-        "options": options,
-        "source": facts.source,
-        "opset": facts.opset,
-        "activation": facts.activation,
-        "reduced_weights": facts.reduced_weights,
-        "int8_dot_product": facts.int8_dot_product,
-    }
-
-
-def _command() -> str:
-    """The command line, when this is the console script."""
-    if Path(sys.argv[0]).name != "compress":
-        return ""
-    return shlex.join(["compress", *sys.argv[1:]])
-
-
-def _write(
-    report: Report,
-    measured: Measured,
-    recipe: str,
-    plan: Mapping[str, Any],
-    directory: Path,
-    target: Target,
-    clock: _Clock,
-) -> Report:
+def _write(report: Report, chosen: Built, recipe: str, directory: Path, clock: _Clock) -> Report:
     """Write the artifact, load it again and compare before it gets its name."""
-    chosen = measured.built(report.chosen)
+    plan, target = plan_of(chosen.variant.model), chosen.variant.target
     with artifact.writing(directory) as folder:
         files = chosen.engine.save(folder)
-        if plan and report.chosen != "float32":
+        if plan:
             artifact.write_text(folder / "plan.json", json.dumps(plan))
             files.append(folder / "plan.json")
         artifact.write_text(folder / "recipe.yaml", recipe)

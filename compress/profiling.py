@@ -1,8 +1,9 @@
-"""`compress profile`: where the time goes, kernel by kernel."""
+"""`compress profile`: where the time goes, kernel by kernel and runtime by runtime."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from compress.graph import graph_sites
 from compress.loading import load
 from compress.model import TensorSpec, random_inputs
 from compress.registry import create_target, require_target
+from compress.target import Engine, KernelTime, runtimes
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,17 @@ class ProfileReport:
         model: its name.
         target: the target's name.
         threads: of one operator.
-        rows: kernel, op_type, precision, site, p50_us, share (0..1), macs, gmacs_per_second.
+        rows: runtime, kernel, op_type, precision, site, p50_us, share (0..1 of its runtime), macs,
+            gmacs_per_second.
+        layers: where there are several runtimes, one row per site: site, op_type, macs, and by
+            runtime `p50_us` and `precision`; what no site executes is called "".
     """
 
     model: str
     target: str
     threads: int | str
     rows: tuple[Mapping[str, Any], ...]
+    layers: tuple[Mapping[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -51,28 +57,46 @@ def profile(
 ) -> ProfileReport:
     """Time per kernel after the runtime's own fusions, in order of execution.
 
-    The runtime's profiler adds some time to every kernel, most visibly to small ones: read
-    shares here, and latency from `compress bench`.
+    A target that several runtimes serve is profiled in each; an artifact in its own. The runtime's
+    profiler adds some time to every kernel, most visibly to small ones: read shares here, and
+    latency from `compress bench`.
     """
     destination = create_target(target, threads=threads)
     require_target(destination)
+    engines: dict[str, Engine]
     if isinstance(model, (str, Path)) and Path(model).is_dir():
-        engine = artifact.load(model, threads=threads)
-        graph_model = load(Path(model) / "model.onnx").graph_model
         name = Path(model).name
+        report = artifact.read_report(Path(model))
+        engines = {report["target"]["name"]: artifact.load(model, threads=threads)}
+        macs = {row["name"]: row["macs"] for row in report["sites"]}
+        types = {row["name"]: row["op_type"] for row in report["sites"]}
     else:
         loaded = load(model, factory=factory, inputs=tuple(inputs), trust_pickle=trust_pickle)
+        name = loaded.name
         exported = to_onnx(loaded, destination.capabilities.opset)
-        engine, graph_model, name = destination.build(exported), exported.graph_model, loaded.name
-    macs = {site.name: site.macs for site in graph_sites(graph_model)}
-    example = random_inputs(engine.inputs, 1, np.random.default_rng(0))
-    times = engine.profile(example, runs)
+        engines = {one.name: one.build(exported) for one in runtimes(destination)}
+        sites = graph_sites(exported.graph_model)
+        macs = {site.name: site.macs for site in sites}
+        types = {site.name: site.op_type for site in sites}
+    times = {
+        runtime: engine.profile(random_inputs(engine.inputs, 1, np.random.default_rng(0)), runs)
+        for runtime, engine in engines.items()
+    }
+    rows = [row for runtime, found in times.items() for row in _rows(runtime, found, macs)]
+    layers = _layers(times, types, macs) if len(times) > 1 else ()
+    return ProfileReport(name, destination.name, threads or "all", tuple(rows), layers)
+
+
+def _rows(
+    runtime: str, times: Sequence[KernelTime], macs: Mapping[str, int]
+) -> list[Mapping[str, Any]]:
     total = sum(one.p50_us for one in times) or 1.0
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for one in times:
         count = macs.get(one.kernel.site, 0)
         rows.append(
             {
+                "runtime": runtime,
                 "kernel": one.kernel.name,
                 "op_type": one.kernel.op_type,
                 "precision": one.kernel.precision,
@@ -83,4 +107,28 @@ def profile(
                 "gmacs_per_second": count / one.p50_us / 1e3 if one.p50_us else 0.0,
             }
         )
-    return ProfileReport(name, destination.name, threads or "all", tuple(rows))
+    return rows
+
+
+def _layers(
+    times: Mapping[str, Sequence[KernelTime]], types: Mapping[str, str], macs: Mapping[str, int]
+) -> tuple[Mapping[str, Any], ...]:
+    """Sites in the graph's order with their time in each runtime; what has none comes last."""
+    spent: dict[str, dict[str, float]] = defaultdict(dict)
+    precisions: dict[str, dict[str, str]] = defaultdict(dict)
+    for runtime, found in times.items():
+        for one in found:
+            site = one.kernel.site if one.kernel.site in types else ""
+            spent[site][runtime] = spent[site].get(runtime, 0.0) + one.p50_us
+            precisions[site].setdefault(runtime, one.kernel.precision if site else "")
+    order = [site for site in (*types, "") if site in spent]
+    return tuple(
+        {
+            "site": site,
+            "op_type": types.get(site, "not of the model"),
+            "macs": macs.get(site, 0),
+            "p50_us": spent[site],
+            "precision": precisions[site],
+        }
+        for site in order
+    )

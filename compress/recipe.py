@@ -21,12 +21,14 @@ _COUNT: _Kind = ("a whole number", (int,), ())
 _NUMBER: _Kind = ("a number", (int, float), ())
 _NUMBERS: _Kind = ("a number or a list of numbers", (int, float, list), (int, float))
 SETTINGS: Mapping[str, _Kind] = {
-    **dict.fromkeys(("model", "factory", "target", "calibration", "evaluate", "layout"), _TEXT),
+    **dict.fromkeys(
+        ("model", "factory", "target", "calibration", "evaluate", "layout", "objective"), _TEXT
+    ),
     "inputs": ("a list of texts", (list,), (str,)),
-    **dict.fromkeys(("threads", "seed"), _COUNT),
+    **dict.fromkeys(("threads", "batch", "seed"), _COUNT),
     **dict.fromkeys(("mean", "std"), _NUMBERS),
     "max_drop": ("text or a number", (str, int, float), ()),
-    **dict.fromkeys(("min_speedup", "seconds"), _NUMBER),
+    **dict.fromkeys(("min_speedup", "seconds", "search_seconds"), _NUMBER),
 }
 """What a recipe may set besides its passes, by the names of `compress.run`'s arguments, and what
 a file may hold for it: in words, its types, and the types of its items."""

@@ -102,7 +102,10 @@ def side_by_side(result: SideBySide) -> None:
 
 
 def profile(report: ProfileReport) -> None:
-    """The table of `compress profile`."""
+    """The table of `compress profile`: by kernel, or with several runtimes layer by layer."""
+    if report.layers:
+        _layers(report)
+        return
     table = _table("kernel", "operator", "precision", right=("µs", "share", "MACs", "GMAC/s"))
     for row in report.rows:
         macs, rate = row["macs"], row["gmacs_per_second"]
@@ -115,6 +118,26 @@ def profile(report: ProfileReport) -> None:
             count(macs) if macs else "",
             f"{rate:.1f}" if rate else "",
         )
+    console().print(table)
+
+
+def _layers(report: ProfileReport) -> None:
+    runtimes = list(dict.fromkeys(row["runtime"] for row in report.rows))
+    right = ("MACs", *(f"{runtime} µs" for runtime in runtimes))
+    table = _table("site", "operator", right=right, last="faster")
+    for row in report.layers:
+        spent = row["p50_us"]
+        cells = (f"{spent[r]:.1f}" if r in spent else "fused" for r in runtimes)
+        both = len(spent) == len(runtimes)
+        table.add_row(
+            escape(row["site"] or "(inserted by the runtime)"),
+            row["op_type"] if row["site"] else "",
+            count(row["macs"]) if row["macs"] else "",
+            *cells,
+            min(spent, key=spent.__getitem__) if both else "",
+        )
+    totals = [sum(row["p50_us"].get(r, 0.0) for row in report.layers) for r in runtimes]
+    table.add_row("sum", "", "", *(f"{total:.1f}" for total in totals), "")
     console().print(table)
 
 

@@ -22,6 +22,7 @@ def measure_sessions(
     *,
     sessions: int = SESSIONS,
     seconds: float = 10.0,
+    requests: int = 1,
     margin: float = MARGIN,
     seed: int = 0,
     progress: Progress = silent,
@@ -32,6 +33,7 @@ def measure_sessions(
         build: makes a fresh callable for every candidate.
         sessions: how often to build.
         seconds: for all sessions together.
+        requests: that one call runs; timings are for one of them.
         margin: "faster" needs an interval above 1 + margin.
         seed: of the order of blocks.
         progress: opens a tracker in seconds.
@@ -47,7 +49,10 @@ def measure_sessions(
     notes = dict.fromkeys(note for one in found for note in one.notes)
     return Comparison(
         found[0].baseline,
-        {name: _timing([one.timings[name] for one in found]) for name in found[0].timings},
+        {
+            name: _timing([one.timings[name] for one in found], requests)
+            for name in found[0].timings
+        },
         {name: _ratio([one.ratios[name] for one in found], margin) for name in found[0].ratios},
         sum(one.rounds for one in found),
         sum(one.seconds for one in found),
@@ -61,12 +66,12 @@ def _ratio(ratios: Sequence[Ratio], margin: float) -> Ratio:
     return Ratio(statistics.median(one.value for one in ratios), low, high, verdict)
 
 
-def _timing(timings: Sequence[Timing]) -> Timing:
+def _timing(timings: Sequence[Timing], requests: int) -> Timing:
     return Timing(
-        p50_ms=statistics.median(one.p50_ms for one in timings),
-        p90_ms=statistics.median(one.p90_ms for one in timings),
-        low_ms=min(one.low_ms for one in timings),
-        high_ms=max(one.high_ms for one in timings),
+        p50_ms=statistics.median(one.p50_ms for one in timings) / requests,
+        p90_ms=statistics.median(one.p90_ms for one in timings) / requests,
+        low_ms=min(one.low_ms for one in timings) / requests,
+        high_ms=max(one.high_ms for one in timings) / requests,
         runs=sum(one.runs for one in timings),
         cv=statistics.median(one.cv for one in timings),
         steady=all(one.steady for one in timings),

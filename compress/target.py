@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from compress.model import Arrays, Model, TensorSpec
 
 Role = Literal[
-    "matmul", "elementwise", "unary", "pool", "concat", "same_scale", "integer", "activation"
+    "matmul",
+    "elementwise",
+    "unary",
+    "pool",
+    "concat",
+    "same_scale",
+    "integer",
+    "transparent",
+    "activation",
+    "epilogue",
 ]
 """What quantization does to an operator:
 
@@ -27,7 +36,9 @@ pool         as unary, but an average: the output scale is its own
 concat       all inputs and the output share one scale
 same_scale   moves values without changing them, fused between DQ and Q by the runtime
 integer      the same, but the runtime does not fuse it: it is emitted on the integer tensor
+transparent  the same, and the runtime carries the scale through by itself: no Q/DQ behind it
 activation   folded into the producer's output quantization when the range allows (Relu, Clip)
+epilogue     computed in float inside the producer's int8 kernel: no Q/DQ in between
 """
 
 
@@ -36,11 +47,14 @@ class FusablePattern:
     """One operator that the runtime executes in int8, and how it must be dressed in Q/DQ.
 
     Attributes:
-        op: ONNX operator type.
+        op: ONNX operator type, or "ChannelShuffle" for a Transpose that swaps axes 1 and 2 of 5.
         role: see `Role`.
         source: where the fact is from.
         float_output: the int8 kernel can write float32, so the output may stay unquantized.
         max_rank: largest rank of the first input that the kernel takes; None where any.
+        float_operand: of two operands, one that an int8 kernel writes for this operator alone may
+            stay float: the runtime fuses the operator into that kernel, or reads float anyway.
+        symmetric: activations that it reads want zero point 0: where they have two signs, as int8.
     """
 
     op: str
@@ -48,6 +62,8 @@ class FusablePattern:
     source: str
     float_output: bool = False
     max_rank: int | None = None
+    float_operand: bool = False
+    symmetric: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +78,7 @@ class Capabilities:
         weight: integer type of weights.
         reduced_weights: weights use 7 of 8 bits, so that int16 accumulation cannot saturate.
         per_channel: weights may have one scale per output channel.
+        linear: what a linear layer on inputs of rank 3 and more is fastest as.
         int8_dot_product: the machine has an int8 dot-product instruction.
         patterns: operators that run in int8.
         notes: sentences for the user before work starts.
@@ -74,6 +91,7 @@ class Capabilities:
     weight: Literal["int8"] = "int8"
     reduced_weights: bool = False
     per_channel: bool = True
+    linear: Literal["Gemm", "MatMul"] = "MatMul"
     int8_dot_product: bool = True
     patterns: tuple[FusablePattern, ...] = ()
     notes: tuple[str, ...] = ()
@@ -142,7 +160,7 @@ class Engine(Protocol):
 class Target(Protocol):
     """Where an artifact runs. Its dataclass fields are its options."""
 
-    name: str
+    name: ClassVar[str]
 
     @property
     def capabilities(self) -> Capabilities:
@@ -160,3 +178,27 @@ class Target(Protocol):
 
     def load(self, directory: Path) -> Engine:
         """The engine that `Engine.save` wrote into `directory`."""
+
+
+@runtime_checkable
+class ManyRuntimes(Protocol):
+    """A target that several runtimes can serve; each is a target of its own."""
+
+    def runtimes(self) -> tuple[Target, ...]:
+        """Those that can be used here, the reference for speed-ups first."""
+
+    def missing(self) -> Mapping[str, Check]:
+        """Those that cannot, by name, with the reason."""
+
+
+@runtime_checkable
+class Adjustable(Protocol):
+    """A target with settings that change speed and not results."""
+
+    def settings(self) -> tuple[Target, ...]:
+        """Itself with other settings, the most promising first."""
+
+
+def runtimes(target: Target) -> tuple[Target, ...]:
+    """The targets that a target chooses from: itself, where it is one runtime."""
+    return target.runtimes() if isinstance(target, ManyRuntimes) else (target,)

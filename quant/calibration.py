@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from compress.columns import whole_inputs
 from compress.errors import DataError
-from compress.graph import infer_shapes
+from compress.graph import graph_sha256, infer_shapes
 from compress.model import Model
 from compress.progress import Progress, silent
 from compress.reference import reference_session, run
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ACTIVATION_BUDGET_BYTES = 256_000_000
 """Observed activations of one batch; sets the batch size of calibration."""
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def observe(
@@ -40,9 +40,13 @@ def observe(
     samples: int,
     bins: int = 2048,
     cache: Path | None = None,
+    memo: dict[str, dict[str, HistogramObserver]] | None = None,
     progress: Progress = silent,
 ) -> dict[str, HistogramObserver]:
     """Histograms of the named tensors over the first `samples` samples.
+
+    Only tensors that neither `memo` nor `cache` knows are observed: another placement of the same
+    graph mostly asks for the same ones.
 
     Args:
         model: at the ONNX stage.
@@ -51,6 +55,7 @@ def observe(
         samples: how many to use; fewer where there are fewer.
         bins: of each histogram; 0 keeps only range and count.
         cache: folder for the result, keyed by hashes of graph and data.
+        memo: what earlier calls found, by the same key; it is filled.
         progress: a bar over the samples.
 
     Raises:
@@ -58,11 +63,21 @@ def observe(
     """
     names = sorted(tensors)
     samples = min(samples, len(data))
-    file = None
-    if cache is not None:
-        file = cache / f"calibration-{_key(model, names, data, samples, bins)}.json"
-        if (found := _read(file, names)) is not None:
-            return found
+    key = _key(model, data, samples, bins)
+    file = cache / f"calibration-{key}.json" if cache is not None else None
+    known = {} if memo is None else memo.setdefault(key, {})
+    if file is not None and any(name not in known for name in names):
+        known |= _read(file)
+    if new := [name for name in names if name not in known]:
+        known |= _observe(model, new, data, samples, bins, progress)
+        if file is not None:
+            _write(file, known)
+    return {name: known[name] for name in names}
+
+
+def _observe(
+    model: Model, names: list[str], data: Data, samples: int, bins: int, progress: Progress
+) -> dict[str, HistogramObserver]:
     size = _batch_size(model, names, samples)
     observers = {name: HistogramObserver(name, bins) for name in names}
     runtime = reference_session(_with_outputs(model.graph_model, names), optimize=True)
@@ -86,8 +101,6 @@ def observe(
             f"Calibration data {data.name} hold {len(data)} samples and the model takes batches "
             f"of {size}. Give at least {size} samples, or export the model with a dynamic batch."
         )
-    if file is not None:
-        _write(file, observers)
     return observers
 
 
@@ -112,27 +125,18 @@ def _batch_size(model: Model, names: Iterable[str], samples: int) -> int:
     return int(np.clip(ACTIVATION_BUDGET_BYTES // max(per_sample, 1), 1, min(32, samples)))
 
 
-def _key(model: Model, names: list[str], data: Data, samples: int, bins: int) -> str:
+def _key(model: Model, data: Data, samples: int, bins: int) -> str:
     """Hash of everything that decides the histograms."""
-    digest = hashlib.sha256()
-    for part in (_CACHE_VERSION, data.sha256, samples, bins, names):
-        digest.update(json.dumps(part).encode())
-    for node in model.graph_model.graph:
-        digest.update(f"{node.op_type} {node.name} {list(node.attributes.values())}".encode())
-        digest.update(str([value.name if value else None for value in node.inputs]).encode())
-    for name, value in model.graph_model.graph.initializers.items():
-        if value.const_value is not None:
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(value.const_value.numpy()).tobytes())
-    return digest.hexdigest()[:32]
+    parts = [_CACHE_VERSION, graph_sha256(model.graph_model), data.sha256, samples, bins]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _read(file: Path, names: list[str]) -> dict[str, HistogramObserver] | None:
+def _read(file: Path) -> dict[str, HistogramObserver]:
     try:
         stored: Mapping[str, dict[str, object]] = json.loads(file.read_text())
-        return {name: HistogramObserver.from_dict(stored[name]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent or damaged: compute it again
+        return {name: HistogramObserver.from_dict(values) for name, values in stored.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # absent or damaged: compute it again
 
 
 def _write(file: Path, observers: Mapping[str, HistogramObserver]) -> None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnx_ir.convenience as convenience
 
 from compress.rewrites import remove_unused, replace_node
-from quant.placement import clip_bounds
+from quant.placement import GATES, clip_bounds
 from quant.plan import QuantPlan
 from quant.quantizer import quantize
 from quant.spec import QParams
@@ -32,6 +32,7 @@ class _Emitter:
     def __init__(self, graph: ir.Graph, plan: QuantPlan) -> None:
         self.graph, self.plan = graph, plan
         self.integers: dict[str, ir.Value] = {}
+        self.scales: dict[str, np.ndarray] = {}
         self.origin: dict[str, str] = {}
         self.floats: dict[str, ir.Value] = {}
         for value in list(graph.inputs):
@@ -53,7 +54,10 @@ class _Emitter:
         if role == "integer":
             self.on_integers(node)
             return
-        if node.op_type in ("HardSwish", "HardSigmoid"):
+        if role == "transparent":
+            self.carry(node)
+            return
+        if node.op_type in GATES and role == "unary":
             self.gate(node)
             return
         self.constant_operands(node)
@@ -96,7 +100,18 @@ class _Emitter:
         if keep_output:
             self.replace_output(value, dq)
         self.integers[dq.name or ""] = q
+        self.scales[dq.name or ""] = params.scale
         self.origin[q.name or ""] = name
+
+    def carry(self, node: ir.Node) -> None:
+        """Note that the outputs are readings of integers too, with the scale of the input."""
+        source = node.inputs[0]
+        q = self.integers.get(source.name or "") if source is not None else None
+        if source is None or q is None:
+            return
+        for out in node.outputs:
+            self.integers[out.name or ""] = q
+            self.scales[out.name or ""] = self.scales[source.name or ""]
 
     def absorb(self, node: ir.Node) -> None:
         """Let the producer write the activation's output; quantization saturates for it."""
@@ -138,6 +153,7 @@ class _Emitter:
                 use.node.replace_input_with(use.idx, dq)
         if out.is_graph_output():
             self.replace_output(out, dq)
+        self.scales[dq.name or ""] = params.scale
         # A new type: clones share the type objects of the float model.
         out.type = ir.TensorType(ir.DataType.from_numpy(params.zero_point.dtype))
         self.integers[dq.name or ""] = out
@@ -170,6 +186,7 @@ class _Emitter:
             self.graph.remove(node, safe=True)
             gate.name = out.name
             self.integers[gate.name or ""] = q
+            self.scales[gate.name or ""] = factor.scale
             if not np.isclose(self.plan.activations[gate.name or ""].scale, factor.scale):
                 self.quantize_tensor(gate, produced=True)  # it shares another tensor's scale
             return
@@ -192,10 +209,9 @@ class _Emitter:
             return
         source = node.inputs[0]
         q = self.integers.get(source.name or "") if source is not None else None
-        if q is None or bias.const_value is None:
+        if q is None or source is None or bias.const_value is None:
             return  # weight-only: the bias stays float
-        scale_value = q_scale(source)
-        scale = (scale_value * weight_scale.scale).astype(np.float32)
+        scale = (self.scales[source.name or ""] * weight_scale.scale).astype(np.float32)
         numbers = bias.const_value.numpy().astype(np.float64).reshape(-1)
         integers = np.rint(numbers / scale)
         integers = np.clip(integers, -(2**31) + 1, 2**31 - 1).astype(np.int32)
@@ -321,12 +337,3 @@ def integer_limits(bounds: tuple[float, float], params: QParams) -> dict[str, np
         return None
     low, high = limits.astype(params.zero_point.dtype)
     return {"low": np.asarray(low), "high": np.asarray(high)}
-
-
-def q_scale(dq: ir.Value | None) -> np.ndarray:
-    """The scale that a DequantizeLinear output is read with."""
-    producer = dq.producer() if dq is not None else None
-    scale = producer.inputs[1] if producer is not None else None
-    if scale is None or scale.const_value is None:
-        raise TypeError("a quantized tensor without a constant scale")
-    return np.asarray(scale.const_value.numpy())

@@ -14,9 +14,11 @@ import onnx_ir as ir
 from compress.graph import weight_input
 from compress.target import Capabilities, FusablePattern, Role
 
-MOVES: frozenset[Role] = frozenset({"same_scale", "integer"})
+MOVES: frozenset[Role] = frozenset({"same_scale", "integer", "transparent"})
 GATES = ("HardSwish", "HardSigmoid")
 """Written on the integer grid by the emitter, which fixes the scale of their input."""
+
+_CHANNEL_SHUFFLE = (0, 2, 1, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,27 @@ def single_use(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
+def find_pattern(node: ir.Node, capabilities: Capabilities) -> FusablePattern | None:
+    """The pattern of an operator; a channel shuffle may have one of its own."""
+    if node.op_type == "Transpose" and node.attributes.get_ints("perm", ()) == _CHANNEL_SHUFFLE:
+        special = capabilities.pattern("ChannelShuffle")
+        if special is not None:
+            return special
+    return capabilities.pattern(node.op_type)
+
+
+def swish(node: ir.Node) -> ir.Node | None:
+    """The product of x * sigmoid(x), where this Sigmoid and that product alone read x."""
+    source, out = node.inputs[0], node.outputs[0]
+    if node.op_type != "Sigmoid" or source is None or not single_use(out):
+        return None
+    product = next(iter(out.uses())).node
+    readers = [use.node for use in source.uses()]
+    if product.op_type != "Mul" or source.is_graph_output() or len(readers) != 2:
+        return None
+    return product if node in readers and product in readers else None
+
+
 class _Placer:
     def __init__(self, capabilities: Capabilities, keep_float: frozenset[str]) -> None:
         self.capabilities, self.keep_float = capabilities, keep_float
@@ -67,12 +90,14 @@ class _Placer:
         self.float_outputs: dict[str, None] = {}
         self.resident: set[str] = set()
         self.parent: dict[str, str] = {}
-        self.pinned: set[str] = set()
+        self.swishes: dict[str, ir.Value | None] = {}
 
     def visit(self, node: ir.Node) -> None:
         name = node.name or ""
-        pattern = self.capabilities.pattern(node.op_type)
-        if name in self.keep_float:
+        pattern = find_pattern(node, self.capabilities)
+        if name in self.swishes:
+            reason = ""
+        elif name in self.keep_float:
             reason = "kept in float on request"
         elif any(use.node.graph is not node.graph for out in node.outputs for use in out.uses()):
             reason = "a subgraph (If, Loop) reads its output"
@@ -98,7 +123,11 @@ class _Placer:
                 return _refuse_matmul(node)
             case "activation":
                 return self.refuse_activation(node)
-            case "same_scale" | "integer":
+            case "epilogue":
+                if self.is_epilogue(node) or node.name in self.swishes:
+                    return ""
+                return "no int8 kernel computes it on its way out"
+            case "same_scale" | "integer" | "transparent":
                 return self.refuse_move(node, first)
             case _:
                 return self.refuse_others(node)
@@ -120,14 +149,17 @@ class _Placer:
     def refuse_move(self, node: ir.Node, first: ir.Value) -> str:
         if first.name in self.resident:
             return _refuse_form(node)
-        if first.is_graph_input() and any(self.leads_to_matmul(out) for out in node.outputs):
+        if first.is_graph_input() and any(self.leads_to_int8(out) for out in node.outputs):
             return _refuse_form(node)
         return "its input is float"
 
     def refuse_others(self, node: ir.Node) -> str:
         """Elementwise, unary, pool, concat: only on what is in int8 already."""
         activations = [v for v in node.inputs if v is not None and v.const_value is None]
-        if not activations or any(value.name not in self.resident for value in activations):
+        pattern = find_pattern(node, self.capabilities)
+        resident = [value.name in self.resident for value in activations]
+        enough = any(resident) if pattern is not None and pattern.float_operand else all(resident)
+        if not activations or not enough:
             return "an input is float, a conversion would cost more than it saves"
         for value in node.inputs:
             if value is not None and value.const_value is not None and not _is_float(value):
@@ -135,6 +167,16 @@ class _Placer:
         if node.op_type in GATES:
             return self.refuse_gate(node)
         return ""
+
+    def is_epilogue(self, node: ir.Node) -> bool:
+        """Whether the int8 kernel that writes the input computes this operator on its way out."""
+        source = node.inputs[0]
+        producer = source.producer() if source is not None else None
+        if source is None or producer is None or source.name not in self.resident:
+            return False
+        if self.roles.get(producer.name or "") not in ("matmul", "epilogue"):
+            return False
+        return single_use(source) or swish(node) is not None
 
     def refuse_gate(self, node: ir.Node) -> str:
         """HardSwish and HardSigmoid dictate the scale of their input."""
@@ -155,20 +197,21 @@ class _Placer:
 
     def accept(self, node: ir.Node, pattern: FusablePattern) -> None:
         name = node.name or ""
+        if pattern.role == "epilogue" or name in self.swishes:
+            self.accept_epilogue(node)
+            return
         self.roles[name] = pattern.role
         activations = [v for v in node.inputs if v is not None and v.const_value is None]
         if pattern.role in MOVES:
             activations = activations[:1]
+        if pattern.float_operand:
+            activations = self.resident_operands(activations)
         for value in activations:
             self.join(value)
-        for index, operand in enumerate(node.inputs):
-            # A bias is no operand of its own: its scale follows from the others.
-            if operand is None or operand.const_value is None or pattern.role in MOVES:
-                continue
-            if pattern.role == "elementwise" or index == weight_input(node):
-                self.constants[operand.name or ""] = None
+        self.note_constants(node, pattern.role)
         outputs = list(node.outputs)
-        if pattern.float_output and not any(self.leads_to_matmul(out) for out in outputs):
+        wide = node.op_type == "Conv"
+        if pattern.float_output and not any(self.leads_to_int8(out, wide) for out in outputs):
             self.float_outputs[name] = None
             return
         for out in outputs:
@@ -183,6 +226,39 @@ class _Placer:
                 self.join(out, *self.alike(activations))
             else:
                 self.join(out)
+
+    def note_constants(self, node: ir.Node, role: Role) -> None:
+        """Weights and constant operands; a bias is neither, its scale follows from the others."""
+        for index, operand in enumerate(node.inputs):
+            if operand is None or operand.const_value is None or role in MOVES:
+                continue
+            if role == "elementwise" or index == weight_input(node):
+                self.constants[operand.name or ""] = None
+
+    def accept_epilogue(self, node: ir.Node) -> None:
+        """The end of the chain is quantized; what lies between it and the kernel is not."""
+        self.roles[node.name or ""] = "epilogue"
+        product = swish(node)
+        if product is not None:
+            self.swishes[product.name or ""] = node.inputs[0]
+            return
+        source = self.swishes.get(node.name or "", node.inputs[0])
+        if source is not None:
+            self.forget(source)
+        out = node.outputs[0]
+        self.resident.add(out.name or "")
+        self.join(out)
+
+    def resident_operands(self, values: list[ir.Value]) -> list[ir.Value]:
+        """Operands in int8; the last that a kernel writes for this operator alone stays float."""
+        kept = [value for value in values if value.name in self.resident]
+        for value in reversed(kept if len(kept) > 1 else []):
+            producer = value.producer()
+            role = self.roles.get(producer.name or "") if producer is not None else None
+            if role in ("matmul", "epilogue") and single_use(value):
+                self.forget(value)
+                return [other for other in kept if other is not value]
+        return kept
 
     def alike(self, inputs: list[ir.Value]) -> list[ir.Value]:
         """The inputs of a concat that share the output's scale.
@@ -207,18 +283,23 @@ class _Placer:
             return all(v is not None and self.non_negative(v) for v in node.inputs)
         return node.op_type in ("Sigmoid", "HardSigmoid")
 
-    def leads_to_matmul(self, value: ir.Value, depth: int = 0) -> bool:
-        """Whether a multiply-accumulate reads this tensor, directly or through moves."""
+    def leads_to_int8(self, value: ir.Value, wide: bool = False, depth: int = 0) -> bool:
+        """Whether a multiply-accumulate reads this tensor, directly or through moves.
+
+        With `wide` any operator counts that would run in int8 if this tensor were.
+        """
         if depth > 6:
             return False
         for use in value.uses():
-            pattern = self.capabilities.pattern(use.node.op_type)
+            pattern = find_pattern(use.node, self.capabilities)
             if pattern is None or use.node.name in self.keep_float:
                 continue
             if pattern.role == "matmul" and not _refuse_matmul(use.node):
                 return True
-            follows = pattern.role in MOVES or pattern.role == "activation"
-            if follows and any(self.leads_to_matmul(o, depth + 1) for o in use.node.outputs):
+            follows = pattern.role in MOVES or pattern.role in ("activation", "epilogue")
+            if wide and not follows and pattern.role != "matmul":
+                return True
+            if follows and any(self.leads_to_int8(o, wide, depth + 1) for o in use.node.outputs):
                 return True
         return False
 

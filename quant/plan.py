@@ -15,10 +15,11 @@ import onnx_ir as ir
 from compress.graph import weight_input
 from compress.target import Capabilities, Role
 from quant.observers import HistogramObserver, RangeMethod, find_range
-from quant.placement import MOVES, Placement
+from quant.placement import GATES, MOVES, Placement, find_pattern
 from quant.quantizer import qparams_from_range, weight_qparams
 from quant.spec import QParams, QuantSpec
 
+_SYMMETRIC = QuantSpec(dtype="int8", symmetric=True)
 _UNIT_RANGE = ("Sigmoid", "Softmax", "HardSigmoid")
 _INT32_MAX = 2**31 - 1
 
@@ -85,15 +86,20 @@ def static_plan(
         method: how a range is chosen from a histogram.
         per_channel: one weight scale for each output channel.
     """
-    spec = QuantSpec(dtype=capabilities.activation, symmetric=capabilities.activation == "int8")
+    usual = QuantSpec(dtype=capabilities.activation, symmetric=capabilities.activation == "int8")
+    signed = symmetric_tensors(graph, placement, capabilities)
     producers = {out.name: node for node in graph for out in node.outputs}
     activations: dict[str, QParams] = {}
     for group in placement.groups:
         makers = [producers.get(name) for name in group]
+        seen = [observers[name] for name in group if name in observers]
+        two_signs = any(observer.low < 0 for observer in seen)
+        spec = _SYMMETRIC if two_signs and not signed.isdisjoint(group) else usual
         params = _group_params(group, makers, placement.roles, observers, spec, method)
         activations |= dict.fromkeys(group, params)
     for node in graph:
-        if node.name in placement.roles and node.op_type in ("HardSwish", "HardSigmoid"):
+        gate = node.op_type in GATES and placement.roles.get(node.name or "") == "unary"
+        if gate:
             _fit_gate(node, activations)
     constants = _constant_params(graph, placement, capabilities, per_channel)
     _leave_room_for_bias(graph, placement, activations, constants)
@@ -129,6 +135,23 @@ def dynamic_plan(graph: ir.Graph, placement: Placement, capabilities: Capabiliti
     weights = Placement(roles, (), placement.constants, (), {})
     constants = _constant_params(graph, weights, capabilities, per_channel=True)
     return QuantPlan(roles, {}, constants, (), tuple(dynamic), reasons)
+
+
+def symmetric_tensors(
+    graph: ir.Graph, placement: Placement, capabilities: Capabilities
+) -> set[str]:
+    """Tensors whose every int8 reader wants zero point 0."""
+    wanted: dict[str, bool] = {}
+    for node in graph:
+        role = placement.roles.get(node.name or "")
+        if role is None or role in MOVES:
+            continue
+        pattern = find_pattern(node, capabilities)
+        for value in node.inputs:
+            if value is not None and value.name:
+                symmetric = pattern is not None and pattern.symmetric
+                wanted[value.name] = wanted.get(value.name, True) and symmetric
+    return {name for name, symmetric in wanted.items() if symmetric}
 
 
 def _group_params(

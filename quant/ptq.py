@@ -108,6 +108,7 @@ class Quantize:
             samples=self.samples,
             bins=0 if self.method == "minmax" else 2048,
             cache=context.cache,
+            memo=context.memo.setdefault("quantize.observers", {}),
             progress=context.progress,
         )
         graph = model.graph_model.graph
@@ -115,21 +116,28 @@ class Quantize:
 
     def _calibration(self, context: Context, model: Model) -> tuple[Data | None, str]:
         if context.calibration is not None:
-            # Samples from all of it: data sorted by class would give one class's ranges.
-            return context.calibration.take(self.samples), "calibration data"
+            key = f"quantize.samples {self.samples}"
+            if key not in context.memo:
+                # Samples from all of it: data sorted by class would give one class's ranges.
+                context.memo[key] = context.calibration.take(self.samples)
+            chosen: Data = context.memo[key]
+            return chosen, "calibration data"
         original = context.original
         if original.stage == "torch":
             from quant.synthetic import synthesize
 
-            made = synthesize(
-                original.torch_module,
-                original.inputs,
-                seed=context.seed,
-                progress=context.progress,
-            )
-            if made is not None:
-                arrays = made.arrays
-                return load_data(arrays, model.inputs), "synthetic data from BatchNorm statistics"
+            if "quantize.synthetic" not in context.memo:
+                made = synthesize(
+                    original.torch_module,
+                    original.inputs,
+                    seed=context.seed,
+                    progress=context.progress,
+                )
+                data = load_data(made.arrays, model.inputs) if made is not None else None
+                context.memo["quantize.synthetic"] = data
+            if context.memo["quantize.synthetic"] is not None:
+                found: Data = context.memo["quantize.synthetic"]
+                return found, "synthetic data from BatchNorm statistics"
         return None, "none: dynamic and weight-only"
 
     def _check_names(self, known: set[str]) -> None:

@@ -1,26 +1,20 @@
-"""ONNX Runtime on the CPU: engine, optimized graph, profiler, and its facts about int8."""
+"""ONNX Runtime as a target: the machine's CPU, and what its int8 kernels want."""
 
 from __future__ import annotations
 
-import json
-import re
-import statistics
-import tempfile
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import dataclasses
+import functools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
-import numpy as np
-import onnx
-import onnx_ir as ir
-import onnxruntime as ort
+from compress.machine import Machine, this_machine
+from compress.model import Model
+from compress.target import Capabilities, Check, Engine, FusablePattern, Target
+from targets.threads import check_threads, int8_notes, usable_threads
 
-from compress.errors import EngineError
-from compress.model import Arrays, TensorSpec
-from compress.reference import run, session
-from compress.target import FusablePattern, Kernel, KernelTime
+OPSET = 21
+_INTEGER_OPERATORS = ("DequantizeLinear", "DynamicQuantizeLinear")
 
 _TRANSFORMER = "onnxruntime 1.31 QDQ selector-action transformer, read from its optimized graphs"
 _CONTRIB = "onnxruntime contrib operators (com.microsoft QLinear*), read from its optimized graphs"
@@ -53,212 +47,89 @@ PATTERNS = (
     FusablePattern("Clip", "activation", _TRANSFORMER),
 )
 
-_INT8_KERNELS = frozenset(
-    [
-        "QLinearConv",
-        "QGemm",
-        "QLinearMatMul",
-        "MatMulIntegerToFloat",
-        "MatMulInteger",
-        "ConvInteger",
-        "DynamicQuantizeMatMul",
-        "QLinearAdd",
-        "QLinearMul",
-        "QLinearSigmoid",
-        "QLinearLeakyRelu",
-        "QLinearConcat",
-        "QLinearAveragePool",
-        "QLinearGlobalAveragePool",
-        "QLinearSoftmax",
-        "QLinearReduceMean",
-        "QLinearWhere",
-        "QAttention",
-        "NhwcMaxPool",
-    ]
-)
-_CONVERSIONS = frozenset(["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast"])
-_MOVES = frozenset(
-    [
-        "Transpose",
-        "Reshape",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "ReorderInput",
-        "ReorderOutput",
-        "Concat",
-        "Split",
-        "Slice",
-        "Gather",
-        "Expand",
-        "Shape",
-        "Pad",
-        "Identity",
-        "ConstantOfShape",
-        "Resize",
-    ]
-)
-
 
 @dataclass(frozen=True, kw_only=True)
-class SessionSettings:
-    """How a session runs.
+class OnnxRuntime:
+    """Run on this machine's CPU with ONNX Runtime.
 
     Attributes:
-        threads: of one operator; 0 lets ONNX Runtime take all cores.
+        threads: of all requests together; None takes all usable cores.
+        streams: requests in flight at once; each operator gets threads / streams.
+        layout: of float convolutions, "blocked" (NCHWc) or "plain" (the model's own).
+        arena: memory is kept for the next call.
+        spinning: threads that wait for work stay awake.
     """
 
-    threads: int = 0
+    threads: int | None = None
+    streams: int = 1
+    layout: Literal["blocked", "plain"] = "blocked"
+    arena: bool = True
+    spinning: bool = True
 
-
-@dataclass
-class OnnxRuntimeEngine:
-    """A session and what it was made from."""
-
-    name: str
-    graph_model: ir.Model
-    inputs: tuple[TensorSpec, ...]
-    settings: SessionSettings
-    outputs: tuple[str, ...] = field(init=False)
+    name: ClassVar[str] = "onnxruntime"
 
     def __post_init__(self) -> None:
-        self._session = session(self.graph_model, _options(self.settings), _PROVIDERS)
-        self.outputs = tuple(output.name for output in self._session.get_outputs())
+        check_threads(self.threads, self.streams)
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        """Run once; ONNX Runtime's CPU provider is synchronous."""
-        return run(self._session, inputs)
+    @property
+    def capabilities(self) -> Capabilities:
+        """What ONNX Runtime's int8 kernels want on this CPU."""
+        return onnxruntime_capabilities(this_machine())
 
-    def save(self, directory: Path) -> list[Path]:
-        """`model.onnx`, with `model.data` beside it where protobuf's limit demands."""
-        from compress.reference import save_onnx
+    def check(self) -> Check:
+        """ONNX Runtime is a core dependency, so this target is always there."""
+        return Check(available=True)
 
-        return save_onnx(self.graph_model, directory / "model.onnx")
+    def build(self, model: Model) -> Engine:
+        """An ONNX Runtime session."""
+        from targets.onnxruntime_engine import OnnxRuntimeEngine, SessionSettings
 
-    def kernels(self) -> tuple[Kernel, ...]:
-        """The optimized graph as ONNX Runtime writes it."""
-        with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-            path = Path(folder) / "optimized.onnx"
-            options = _options(self.settings)
-            options.optimized_model_filepath = str(path)
-            if _is_large(self.graph_model):
-                key = "session.optimized_model_external_initializers_file_name"
-                options.add_session_config_entry(key, "optimized.data")
-            session(self.graph_model, options, _PROVIDERS)
-            optimized = onnx.load(str(path), load_external_data=False)
-        sites = _Sites(self.graph_model)
-        integers = {i.name for i in optimized.graph.initializer if i.data_type in _INTEGER_TYPES}
-        return tuple(
-            _kernel(
-                node.name, node.op_type, sites, node.op_type == "Clip" and node.input[1] in integers
-            )
-            for node in optimized.graph.node
+        settings = SessionSettings(
+            threads=max(1, usable_threads(self.threads) // self.streams),
+            layout=self.layout,
+            arena=self.arena,
+            spinning=self.spinning,
         )
+        integers = any(node.op_type in _INTEGER_OPERATORS for node in model.graph_model.graph)
+        name = f"ONNX Runtime {'int8' if integers else 'float32'}"
+        return OnnxRuntimeEngine(name, model.graph_model, model.inputs, settings)
 
-    def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
-        """Median time of each kernel under ONNX Runtime's profiler."""
-        with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-            options = _options(self.settings)
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            runtime = session(self.graph_model, options, _PROVIDERS)
-            for _ in range(runs + 3):
-                run(runtime, inputs)
-            events = json.loads(Path(runtime.end_profiling()).read_text())
-        return _kernel_times(events, _Sites(self.graph_model), runs)
+    def load(self, directory: Path) -> Engine:
+        """The session of an artifact's `model.onnx`."""
+        from compress.loading import load
 
+        return self.build(load(directory / "model.onnx"))
 
-_PROVIDERS = ("CPUExecutionProvider",)
-_INTEGER_TYPES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
-
-
-def _options(settings: SessionSettings) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = settings.threads
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    return options
+    def settings(self) -> tuple[Target, ...]:
+        """Plain layout, no arena, and sleeping threads where there are several."""
+        others: list[Target] = [
+            dataclasses.replace(self, layout="plain"),
+            dataclasses.replace(self, arena=False),
+        ]
+        if usable_threads(self.threads) > self.streams:
+            others.append(dataclasses.replace(self, spinning=False))
+        return tuple(others)
 
 
-def _is_large(graph_model: ir.Model) -> bool:
-    from compress.reference import initializer_bytes
+@functools.cache
+def onnxruntime_capabilities(machine: Machine) -> Capabilities:
+    """Facts that follow from the instruction set.
 
-    return initializer_bytes(graph_model) > 1_000_000_000
-
-
-class _Sites:
-    """Finds the site that a kernel of the optimized graph executes.
-
-    A fused kernel carries the name of one of its operators, or of its output tensor, with a
-    suffix such as `_token_7` or `_nchwc`. Where that is not the multiply-accumulate itself, it
-    is the end of a short chain behind it (Conv, BatchNormalization, Relu).
+    x86 multiplies unsigned by signed bytes (vpdpbusd with VNNI, vpmaddubsw without), so
+    activations are unsigned; without VNNI the 16-bit sums of vpmaddubsw saturate, so weights
+    keep to 7 bits (ONNX Runtime documentation, "Quantize ONNX models", reduce_range).
     """
-
-    def __init__(self, graph_model: ir.Model) -> None:
-        nodes = list(graph_model.graph)
-        self.nodes = {out.name or "": node for node in nodes for out in node.outputs}
-        self.nodes |= {node.name: node for node in nodes if node.name}
-
-    def find(self, name: str, op_type: str) -> str:
-        """Name of the site, or "" for what ONNX Runtime inserted."""
-        node = None
-        while name and (node := self.nodes.get(name)) is None:
-            shorter = re.sub(r"_[A-Za-z0-9]+$", "", name)
-            name = shorter if shorter != name else ""
-        if node is None:
-            return ""
-        if any(kind in op_type for kind in ("Conv", "Gemm", "MatMul")):
-            return _behind(node)
-        return node.name or ""
-
-
-def _behind(node: ir.Node) -> str:
-    """The multiply-accumulate that a chain of fused operators starts with."""
-    last: ir.Node | None = node
-    for _ in range(_LONGEST_FUSED_CHAIN):
-        if last is None or last.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-            break
-        source = last.inputs[0] if last.inputs else None
-        last = source.producer() if source is not None else None
-    found = last is not None and last.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    return (last if found and last is not None else node).name or ""
-
-
-_LONGEST_FUSED_CHAIN = 4
-"""Conv, BatchNormalization, Add, Relu."""
-
-
-def _precision(op_type: str, on_integers: bool) -> str:
-    if op_type in _INT8_KERNELS or on_integers:
-        return "int8"
-    if op_type in _CONVERSIONS:
-        return "convert"
-    if op_type in _MOVES:
-        return "move"
-    return "float32"
-
-
-def _kernel(name: str, op_type: str, sites: _Sites, on_integers: bool) -> Kernel:
-    return Kernel(name, op_type, _precision(op_type, on_integers), sites.find(name, op_type))
-
-
-def _kernel_times(events: list[dict[str, Any]], sites: _Sites, runs: int) -> tuple[KernelTime, ...]:
-    times: dict[str, list[float]] = defaultdict(list)
-    types: dict[str, str] = {}
-    integers: set[str] = set()
-    for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        name = event["name"].removesuffix("_kernel_time")
-        times[name].append(float(event["dur"]))
-        types[name] = event["args"]["op_name"]
-        if types[name] == "Clip" and "int8" in str(event["args"].get("input_type_shape", "")):
-            integers.add(name)
-    if not times:
-        raise EngineError("ONNX Runtime's profiler returned no kernels; is the graph empty?")
-    return tuple(
-        KernelTime(
-            _kernel(name, types[name], sites, name in integers),
-            statistics.median(durations[-runs:]),
-        )
-        for name, durations in times.items()
+    return Capabilities(
+        source=(
+            "ONNX Runtime 1.31 MLAS kernels: U8S8 is the fast form on x86; measured on an AVX512-"
+            "VNNI Xeon, one thread"
+        ),
+        opset=OPSET,
+        precisions=("float32", "int8"),
+        activation="uint8",
+        reduced_weights=machine.is_x86 and not machine.int8_dot_product,
+        linear="Gemm",
+        int8_dot_product=machine.int8_dot_product,
+        patterns=PATTERNS,
+        notes=int8_notes(machine),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,10 @@ class Candidate:
     """One model that was built and measured on the target.
 
     Attributes:
-        name: "float32" for the original, "int8" for the compressed one.
+        name: "float32" for the original, else runtime and precision.
+        runtime: name of the target that it was built for.
+        precision: "float32", "bfloat16", "int8" or "mixed".
+        settings: of that target.
         size_bytes: of the model files.
         timing: fields of `compress.latency.Timing`.
         speedup: fields of `compress.latency.Ratio` against the original; None for itself.
@@ -27,6 +30,9 @@ class Candidate:
 
     name: str
     size_bytes: int
+    runtime: str = ""
+    precision: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any]
     speedup: Mapping[str, Any] | None = None
     score: Mapping[str, Any] | None = None
@@ -48,6 +54,10 @@ class Report:
         candidates: the original first.
         sites: one row per operator: name, op_type, macs, parameters, precision, reason.
         steps: history of the compressed model, without the plan.
+        tried: every variant that was screened: name, runtime, precision, settings, speedup,
+            p50_ms, float_sites, failure.
+        regions: where the runtime of the artifact was searched for mixed placements: one row per
+            region with its precision and the predicted time at each.
         latency: how the timing was made.
         calibration: where ranges come from, and the hash of the data.
         evaluation: what was scored, and the hash of the data.
@@ -79,6 +89,8 @@ class Report:
     command: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    tried: tuple[Mapping[str, Any], ...] = ()
+    regions: tuple[Mapping[str, Any], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:

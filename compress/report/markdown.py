@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from compress.report import Report
-from compress.report.table import COLUMNS, candidate_row, fidelity, float_sites
+from compress.report.table import (
+    COLUMNS,
+    TRIED,
+    candidate_row,
+    fidelity,
+    float_sites,
+    region_table,
+    tried_row,
+)
+
+_REGIONS = (
+    "Predicted from profiles of the uniform engines, scaled to their latencies; the placement was "
+    "chosen by measuring whole models."
+)
 
 
 def markdown(report: Report) -> str:
@@ -19,7 +33,13 @@ def markdown(report: Report) -> str:
     for candidate in report.candidates:
         if candidate.fidelity is not None:
             lines += ["", f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."]
-    lines += ["", _latency(report), "", "## Sites", ""]
+    lines += ["", _latency(report), "", "## What was tried", ""]
+    lines += table(TRIED, [tried_row(row) for row in report.tried])
+    if report.regions:
+        columns, cells = region_table(report)
+        lines += ["", f"## Regions ({report.target['name']})", ""]
+        lines += [_REGIONS, "", *table(columns, cells)]
+    lines += ["", "## Sites", ""]
     lines += _sites(report)
     lines += ["", "## Steps", ""]
     for step in report.steps:
@@ -50,11 +70,17 @@ def _latency(report: Report) -> str:
     latency = report.latency
     notes = " ".join(latency["notes"])
     return (
-        f"Latency: batch {latency['batch']}, {latency['threads']} threads, {latency['rounds']} "
-        f"interleaved rounds in {latency['sessions']} sessions and {latency['seconds']:.1f} s; the "
-        f"intervals span the sessions' 95 % bootstrap intervals. "
+        f"{_objective(latency)}: batch {latency['batch']}, {latency['threads']} threads, "
+        f"{latency['rounds']} interleaved rounds in {latency['sessions']} sessions and "
+        f"{latency['seconds']:.1f} s; the intervals span the sessions' 95 % bootstrap intervals. "
         f"{notes}"
     ).rstrip()
+
+
+def _objective(latency: Mapping[str, Any]) -> str:
+    if latency["objective"] == "latency":
+        return "Latency"
+    return f"Time per request with {latency['requests']} requests in each call (throughput)"
 
 
 def _sites(report: Report) -> list[str]:

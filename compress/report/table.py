@@ -73,6 +73,41 @@ def fidelity(value: Mapping[str, Any]) -> str:
     )
 
 
+TRIED = ("", "speed-up in screening", "latency", "operators kept in float", "settings")
+
+
+def tried_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line of the table of everything that was screened."""
+    if row["failure"]:
+        return (row["name"], f"failed: {row['failure'].splitlines()[0][:80]}", "", "", "")
+    ratio, latency = row["speedup"], row["p50_ms"]
+    shown = "1" if row["name"] == "float32" or ratio is None else _ratio(ratio)
+    options = ", ".join(f"{k} {v}" for k, v in row["settings"].items() if v is not None)
+    kept = str(row["float_sites"]) if row["precision"] == "mixed" else ""
+    return (row["name"], shown, f"{latency:.3g} ms" if latency else "", kept, options)
+
+
+def _ratio(ratio: Mapping[str, Any]) -> str:
+    return interval(ratio, "value", "low", "high", "x", 2)
+
+
+def region_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the regions: what each was predicted to take, and what it got."""
+    precisions = list(report.regions[0]["predicted_us"]) if report.regions else []
+    columns = ("region", "operators", "MACs", *(f"{p}, µs (predicted)" for p in precisions), "runs")
+    rows = [
+        (
+            row["name"],
+            str(row["sites"]),
+            f"{row['macs'] / 1e6:.2f} M",
+            *(f"{row['predicted_us'][p]:.0f}" for p in precisions),
+            row["precision"],
+        )
+        for row in report.regions
+    ]
+    return columns, rows
+
+
 def float_sites(report: Report) -> list[Mapping[str, Any]]:
     """Sites with multiply-accumulates that the compressed model runs in float."""
     return [row for row in report.sites if row["macs"] and row["precision"] != "int8"]

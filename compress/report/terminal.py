@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.report import Report
-from compress.report.table import COLUMNS, candidate_row, fidelity, float_sites
+from compress.report.table import COLUMNS, candidate_row, fidelity, float_sites, tried_row
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _FEW_SITES = 8
+_FEW_ROWS = 8
 
 
 def render(report: Report, console: Console) -> None:
@@ -29,6 +30,12 @@ def render(report: Report, console: Console) -> None:
         if candidate.fidelity is not None:
             text = f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."
             console.print(text, highlight=False, markup=False)
+    finals = {candidate.name for candidate in report.candidates}
+    others = [tried_row(row) for row in report.tried if row["name"] not in finals]
+    for name, speed, *_ in others[:_FEW_ROWS]:
+        console.print(f"  tried: {name}: {speed}", highlight=False, markup=False)
+    if len(others) > _FEW_ROWS:
+        console.print(f"  and {len(others) - _FEW_ROWS} more, see report.md", highlight=False)
     left = float_sites(report)
     total = sum(row["macs"] for row in report.sites) or 1
     for row in sorted(left, key=lambda row: -row["macs"])[:_FEW_SITES]:

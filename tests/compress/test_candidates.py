@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,20 +14,24 @@ from compress.candidates import (
     Measured,
     choose,
     int8_share,
-    measure_candidates,
+    measure_finals,
     site_rows,
 )
 from compress.data import load_data
 from compress.errors import EngineError, UsageError
 from compress.graph import Site, graph_sites
+from compress.lowering import lower
 from compress.model import Arrays, Model
 from compress.passes import Context
 from compress.progress import silent
 from compress.registry import create_pass
 from compress.report import Candidate
-from compress.target import Capabilities, Check, Engine, Kernel, KernelTime
+from compress.search import Searched, search
+from compress.target import Capabilities, Check, Engine, Kernel, KernelTime, Target
 from compress.testing import tiny_exported
-from targets.cpu import CPU
+from compress.variants import Variant
+from compress.workload import make_workload
+from targets.onnxruntime import OnnxRuntime
 
 
 class NoEngine:
@@ -55,11 +60,12 @@ def candidate(name: str, value: float, verdict: str, allowed: bool = True, **res
     return Built(
         Candidate(name=name, size_bytes=1, timing={}, speedup=speedup, allowed=allowed, **rest),
         NoEngine(),
+        Variant(name, OnnxRuntime(threads=1), tiny_exported(21), "int8"),
     )
 
 
 def measured(*candidates: Built) -> Measured:
-    return Measured((candidate("float32", 1, ""), *candidates), (), {})
+    return Measured((candidate("float32", 1, ""), *candidates), {})
 
 
 @pytest.mark.parametrize(
@@ -184,42 +190,46 @@ def test_rows_say_what_became_of_each_site() -> None:
     assert (rows["r"]["precision"], rows["r"]["reason"]) == ("fused", "absorbed")
 
 
+@dataclass(frozen=True)
 class _RefusesInt8:
     """ONNX Runtime, but a runtime that cannot load quantized models."""
 
-    name = "picky"
-    cpu = CPU(threads=1)
+    name: ClassVar[str] = "picky"
+    runtime: ClassVar[OnnxRuntime] = OnnxRuntime(threads=1)
 
     @property
     def capabilities(self) -> Capabilities:
-        return self.cpu.capabilities
+        return self.runtime.capabilities
 
     def check(self) -> Check:
-        return self.cpu.check()
+        return self.runtime.check()
 
     def load(self, directory: Path) -> Engine:
-        return self.cpu.load(directory)
+        return self.runtime.load(directory)
 
     def build(self, model: Model) -> Engine:
         if any(node.op_type == "QuantizeLinear" for node in model.graph_model.graph):
             raise EngineError("This runtime has no QuantizeLinear.")
-        return self.cpu.build(model)
+        return self.runtime.build(model)
+
+
+def _search(target: Target, seconds: float = 0) -> tuple[Searched, Model]:
+    exported = tiny_exported(target.capabilities.opset)
+    data = load_data(exported.example(4), exported.inputs)
+    context = Context(target=target, original=exported, calibration=data)
+    lowered = lower(exported, [create_pass("quantize")], context)
+    workload = make_workload(exported, data, batch=1, objective="latency", threads=1)
+    found = search(exported, [lowered], workload, seconds=seconds, seed=0, progress=silent)
+    return found, exported
 
 
 def test_a_refused_candidate_costs_only_that_candidate() -> None:
-    target = _RefusesInt8()
-    exported = tiny_exported(target.capabilities.opset)
-    data = load_data(exported.example(4), exported.inputs)
-    context = Context(target=CPU(threads=1), original=exported, calibration=data)
-    step = create_pass("quantize")
-    compressed = step.apply(tiny_exported(target.capabilities.opset), context)
+    searched, exported = _search(_RefusesInt8())
     limits = Limits.parse(None, None, evaluated=False)
-    measured = measure_candidates(
-        target,
-        exported,
-        compressed,
+    measured = measure_finals(
+        searched,
         graph_sites(exported.graph_model),
-        data=data,
+        data=None,
         evaluator=None,
         limits=limits,
         seconds=0.5,
@@ -230,4 +240,7 @@ def test_a_refused_candidate_costs_only_that_candidate() -> None:
     assert [one.candidate.name for one in measured.all] == ["float32"]
     assert decision.chosen == "float32"
     assert not decision.met
-    assert decision.sentences[0] == "int8 failed: This runtime has no QuantizeLinear."
+    assert decision.sentences[0] == "picky int8 failed: This runtime has no QuantizeLinear."
+    row = next(row for row in searched.screening.rows() if row["name"] == "picky int8")
+    assert row["failure"]
+    assert row["speedup"] is None

@@ -164,7 +164,7 @@ def test_the_cache_knows_what_it_was_made_from(
         settings[change] //= 2
     cached = observe(other, names, data, cache=tmp_path, **settings)
     assert as_dicts(cached) == as_dicts(observe(other, names, data, **settings))
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == (1 if change == "tensors" else 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""The facts of a run as plain values for its report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.candidates import Built, Measured, reasons, site_rows
+from compress.data import Data
+from compress.graph import Site, macs_in_subgraphs
+from compress.model import Model, Step
+from compress.search import Searched
+from compress.target import ManyRuntimes, Target
+from compress.variants import settings as settings_of
+
+
+def shown_model(measured: Measured, chosen: str) -> Model:
+    """The model whose steps and sites the report shows: the best other where it is the original."""
+    first, *others = measured.all
+    built = next((one for one in others if one.candidate.name == chosen), None)
+    return (built or next(iter(others), first)).variant.model
+
+
+def site_rows_of(
+    sites: Sequence[Site], measured: Measured, chosen: str
+) -> tuple[Mapping[str, Any], ...]:
+    """What became of every operator in the model that the report shows."""
+    model = shown_model(measured, chosen)
+    built = next(one for one in measured.all if one.variant.model is model)
+    return site_rows(sites, built.engine.kernels(), reasons(model))
+
+
+def region_rows(searched: Searched, chosen: Built) -> tuple[Mapping[str, Any], ...]:
+    """The placement table of the runtime that was chosen; empty where none was searched."""
+    placement = searched.placements.get(chosen.candidate.runtime)
+    return tuple(placement.rows()) if placement is not None else ()
+
+
+def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
+    """What a reader must know about ranges, runtimes and machine."""
+    remarks = []
+    source = calibration_facts(searched)["ranges_from"]
+    if source and source != "calibration data":
+        remarks.append(f"No calibration data were given; ranges come from {source}.")
+    if hidden := macs_in_subgraphs(exported.graph_model):
+        remarks.append(
+            f"{hidden} operators with multiply-accumulates are inside If, Loop or Scan: they stay "
+            f"in float, and the shares of MACs do not count them."
+        )
+    if isinstance(target, ManyRuntimes):
+        remarks += [
+            f"{name} was not tried: {check.reason} Install it with: {check.install}."
+            for name, check in target.missing().items()
+        ]
+    return [*remarks, *target.capabilities.notes]
+
+
+def calibration_facts(searched: Searched) -> dict[str, Any]:
+    """Where ranges come from, and how many samples were used."""
+    steps = (s for v in searched.screening.variants.values() for s in v.model.history)
+    found = next((step.details for step in steps if "ranges_from" in step.details), {})
+    return {
+        "ranges_from": found.get("ranges_from", ""),
+        "samples": found.get("samples", 0),
+    }
+
+
+def data_facts(data: Data | None) -> dict[str, Any]:
+    """Name and hash of the data; empty without any."""
+    return {"data": data.name, "sha256": data.sha256} if data is not None else {}
+
+
+def plan_of(model: Model) -> Mapping[str, Any]:
+    """The quantization plan that a model was made with; empty where there is none."""
+    found = (step.details["plan"] for step in model.history if "plan" in step.details)
+    return next(found, {})
+
+
+def step_facts(step: Step) -> dict[str, Any]:
+    """A step without the plan, which is written to a file of its own."""
+    details = {k: v for k, v in step.details.items() if k not in ("plan", "reasons")}
+    return {"name": step.name, "options": dict(step.options), "details": details}
+
+
+def model_facts(original: Model, exported: Model) -> dict[str, Any]:
+    """What was loaded."""
+    return {
+        "name": original.name,
+        "source": original.source,
+        "sha256": original.sha256,
+        "inputs": [str(spec) for spec in exported.inputs],
+    }
+
+
+def target_facts(asked: Target, chosen: Built) -> dict[str, Any]:
+    """The runtime and the settings of the artifact, and the target that was asked for."""
+    target = chosen.variant.target
+    facts = target.capabilities
+    return {
+        "asked": asked.name,
+        "name": target.name,
+        "options": settings_of(target),
+        "source": facts.source,
+        "opset": facts.opset,
+        "activation": facts.activation,
+        "reduced_weights": facts.reduced_weights,
+        "int8_dot_product": facts.int8_dot_product,
+    }
+
+
+def command_line() -> str:
+    """The command line, when this is the console script."""
+    if Path(sys.argv[0]).name != "compress":
+        return ""
+    return shlex.join(["compress", *sys.argv[1:]])

@@ -1,0 +1,81 @@
+"""From the model that came in to a graph for one runtime, with any placement of int8."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compress.errors import EngineError
+from compress.export import to_onnx
+from compress.loading import to_torch
+from compress.model import Model
+from compress.passes import Context, Pass, Placing
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A model on its way to one runtime, before the first pass that places precisions.
+
+    Attributes:
+        float_model: every pass before that one has been applied.
+        rest: that pass and what follows it; empty where nothing places precisions.
+        context: of this runtime.
+    """
+
+    float_model: Model
+    rest: tuple[Pass, ...]
+    context: Context
+
+    @property
+    def places(self) -> bool:
+        """Whether operators can be kept in float one by one."""
+        return any(isinstance(step, Placing) for step in self.rest)
+
+    def apply(self, keep_float: Sequence[str] = ()) -> Model:
+        """The compressed model, with these operators (by name) in float as well."""
+        names = {node.name for node in self.float_model.graph_model.graph}
+        model = _copy(self.float_model)
+        for step in self.rest:
+            if isinstance(step, Placing) and keep_float:
+                kept = (*step.keep_float, *(n for n in keep_float if n in names))
+                step = dataclasses.replace(step, keep_float=tuple(dict.fromkeys(kept)))  # type: ignore[type-var]
+            model = _step(step, model, self.context)
+        return model
+
+
+def export(original: Model, passes: Sequence[Pass], context: Context) -> tuple[Model, Model]:
+    """The exported original, and the model after every torch pass, exported too."""
+    opset = context.target.capabilities.opset
+    model = original
+    for step in passes:
+        if step.stage == "torch":
+            model = step.apply(to_torch(model), context)
+    exported = to_onnx(original, opset, context.progress, context.calibration)
+    return exported, exported if model is original else to_onnx(model, opset, context.progress)
+
+
+def lower(start: Model, passes: Sequence[Pass], context: Context) -> Lowered:
+    """Apply the ONNX passes up to the first that places precisions."""
+    steps = [step for step in passes if step.stage == "onnx"]
+    first = next((i for i, step in enumerate(steps) if isinstance(step, Placing)), len(steps))
+    model = _copy(start)
+    for step in steps[:first]:
+        model = _step(step, model, context)
+    return Lowered(model, tuple(steps[first:]), context)
+
+
+def _copy(model: Model) -> Model:
+    return dataclasses.replace(model, program=model.graph_model.clone())
+
+
+def _step(step: Pass, model: Model, context: Context) -> Model:
+    before = [value.name for value in model.graph_model.graph.outputs]
+    model = step.apply(model, context)
+    after = [value.name for value in model.graph_model.graph.outputs]
+    if before != after:
+        raise EngineError(
+            f"Pass {step.name} changed the outputs from {before} to {after}; a pass must keep "
+            f"them. Please report it to its author."
+        )
+    return model

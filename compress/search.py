@@ -1,0 +1,179 @@
+"""Which runtime, precision, placement and session settings are fastest: measured, within a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compress.latency import measure
+from compress.lowering import Lowered
+from compress.mixed import Placement, place_by_measurement, recall, remember
+from compress.model import Model
+from compress.progress import Progress
+from compress.target import Adjustable, Target
+from compress.variants import BASELINE, Screening, Variant, settings, uniform_variants
+from compress.workload import Workload
+
+FINALISTS = 3
+MARGIN = 0.02
+"""What screening must promise before a variant other than the best is worth a final."""
+DEFAULT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the search found.
+
+    Attributes:
+        finalists: the baseline, then the others, the fastest first.
+        screening: everything that was tried.
+        placements: by the name of their target.
+        seconds: that it took.
+    """
+
+    finalists: tuple[Variant, ...]
+    screening: Screening
+    placements: Mapping[str, Placement] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def search(
+    original: Model,
+    lowered: Sequence[Lowered],
+    workload: Workload,
+    *,
+    seconds: float,
+    seed: int,
+    progress: Progress,
+    memory: Path | None = None,
+) -> Searched:
+    """Try the uniform variants, then mixed placements, then settings of the fastest.
+
+    Args:
+        original: at the ONNX stage.
+        lowered: the model for each runtime; the first is the reference.
+        workload: what is timed.
+        seconds: for placements and settings; 0 tries only the uniform variants.
+        seed: of the order of measurements.
+        progress: opens trackers.
+        memory: file with the placements of an earlier search of the same model, data and machine.
+    """
+    start = time.monotonic()
+    deadline = start + seconds
+    baseline, *variants = uniform_variants(original, lowered)
+    screening = Screening(workload, _baseline(baseline, workload), progress, seed)
+    screening.time(variants)
+    placements: dict[str, Placement] = {}
+    if seconds > 0:
+        known = recall(memory) if memory is not None else {}
+        for one in _by_speed(lowered, screening):
+            name = one.context.target.name
+            wide, narrow = _pair(name, screening, reference=one is lowered[0])
+            if not one.places or wide is None or narrow is None or (not known and _late(deadline)):
+                continue
+            found = place_by_measurement(
+                one,
+                wide,
+                narrow,
+                screening,
+                deadline=_share(deadline, placements, lowered),
+                remembered=known.get(name),
+            )
+            if found is not None:
+                placements[name] = found
+        if memory is not None and not known and placements:
+            remember(memory, placements.values())
+        _adjust(screening)
+    return Searched(_finalists(screening), screening, placements, time.monotonic() - start)
+
+
+def _late(deadline: float) -> bool:
+    return time.monotonic() > deadline
+
+
+def _share(deadline: float, done: Mapping[str, Placement], lowered: Sequence[Lowered]) -> float:
+    """The faster runtime gets two thirds of what is left, the last one everything."""
+    now = time.monotonic()
+    last = len(done) == len(lowered) - 1
+    return deadline if last else now + (deadline - now) * 2 / 3
+
+
+def _baseline(variant: Variant, workload: Workload) -> Variant:
+    """The original under the number of streams that suits it best."""
+    streams = getattr(variant.target, "streams", 1)
+    if workload.requests == 1 or streams == 1:
+        return variant
+    one = dataclasses.replace(variant, target=_with_streams(variant.target, 1))
+    engines = {"many": variant, "one": one}
+    calls = {n: workload.call(v.target.build(v.model), v.target) for n, v in engines.items()}
+    return one if measure(calls, seconds=2).ratios["one"].value > 1 + MARGIN else variant
+
+
+def _with_streams(target: Target, streams: int) -> Target:
+    return dataclasses.replace(target, streams=streams)  # type: ignore[type-var]
+
+
+def _by_speed(lowered: Sequence[Lowered], screening: Screening) -> list[Lowered]:
+    """The runtime with the fastest uniform variant first."""
+
+    def speed(one: Lowered) -> float:
+        names = [
+            n for n, v in screening.variants.items() if v.target.name == one.context.target.name
+        ]
+        return max(screening.speed(name) for name in names) if names else 0.0
+
+    return sorted(lowered, key=speed, reverse=True)
+
+
+def _pair(
+    runtime: str, screening: Screening, reference: bool
+) -> tuple[Variant | None, Variant | None]:
+    """The fastest without int8, and the int8 variant, of those that could be built."""
+    found = [
+        v
+        for n, v in screening.variants.items()
+        if v.target.name == runtime and n in screening.ratios and (n != BASELINE or reference)
+    ]
+    wide = [v for v in found if v.precision in ("float32", "bfloat16")]
+    narrow = next((v for v in found if v.precision == "int8"), None)
+    rewritten = [v for v in wide if v.name != BASELINE] or wide
+    # Mixed models are made from the rewritten graph, so that is the one to profile.
+    best = max(rewritten, key=lambda v: screening.speed(v.name), default=None)
+    return best, narrow
+
+
+def _adjust(screening: Screening) -> None:
+    """Other settings of the fastest variant."""
+    name = screening.fastest(list(screening.engines))
+    best = screening.variants[name]
+    if name == BASELINE or not isinstance(best.target, Adjustable):
+        return
+    before = settings(best.target)
+    others = []
+    for target in best.target.settings():
+        changed = [f"{k}={v}" for k, v in settings(target).items() if before[k] != v]
+        label = f"{name}, {', '.join(changed)}"
+        others.append(dataclasses.replace(best, name=label, target=target))
+    screening.time([best, *others])
+
+
+def _finalists(screening: Screening) -> tuple[Variant, ...]:
+    """The baseline, the fastest few, and the fastest one without int8."""
+    ranked = [n for n in screening.ratios if n != BASELINE and n in screening.engines]
+    ranked.sort(key=screening.speed, reverse=True)
+    chosen: list[str] = []
+    seen: set[tuple[str, str]] = set()
+    for name in ranked:
+        variant = screening.variants[name]
+        kind = (variant.target.name, variant.precision)
+        worth = not chosen or screening.speed(name) > 1 + MARGIN
+        if kind not in seen and worth and len(chosen) < FINALISTS:
+            chosen.append(name)
+            seen.add(kind)
+    wide = [n for n in ranked if screening.variants[n].precision in ("float32", "bfloat16")]
+    if wide and wide[0] not in chosen and screening.speed(wide[0]) > 1 + MARGIN:
+        chosen.append(wide[0])
+    return tuple(screening.variants[name] for name in (BASELINE, *chosen))

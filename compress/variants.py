@@ -1,0 +1,164 @@
+"""Variants: one model in one runtime at one precision, and a quick look at how fast each is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compress.errors import EngineError
+from compress.latency import Ratio, measure
+from compress.lowering import Lowered
+from compress.model import Model
+from compress.progress import Progress
+from compress.target import Engine, Target
+from compress.workload import Workload
+
+BASELINE = "float32"
+"""The original in the reference runtime; every speed-up refers to it."""
+SCREENING_SECONDS = 0.6
+"""For each variant; enough to tell 3 % apart, which finals then confirm."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A candidate before it is built.
+
+    Attributes:
+        name: in tables and reports.
+        target: one runtime with its settings.
+        model: at the ONNX stage.
+        precision: "float32", "bfloat16", "int8" or "mixed".
+        kept_float: operators that placement left in float, by name.
+    """
+
+    name: str
+    target: Target
+    model: Model
+    precision: str
+    kept_float: tuple[str, ...] = ()
+
+
+def uniform_variants(original: Model, lowered: Sequence[Lowered]) -> list[Variant]:
+    """One variant for each runtime and precision; the original in the reference runtime first."""
+    variants = [Variant(BASELINE, lowered[0].context.target, original, BASELINE)]
+    for one in lowered:
+        target, name = one.context.target, one.context.target.name
+        unchanged = one is lowered[0] and one.float_model.history == original.history
+        wide = "bfloat16" in target.capabilities.precisions
+        if not unchanged:
+            variants.append(Variant(f"{name} float32", target, one.float_model, "float32"))
+        if wide:
+            # What an int8 model leaves in float is bfloat16 then, too.
+            target = dataclasses.replace(target, precision="bfloat16")  # type: ignore[type-var]
+            variants.append(Variant(f"{name} bfloat16", target, one.float_model, "bfloat16"))
+        if one.rest:
+            precision = "int8" if one.places else "compressed"
+            variants.append(Variant(f"{name} {precision}", target, one.apply(), precision))
+    return variants
+
+
+@dataclass
+class Screening:
+    """Builds variants, times them against the baseline, and keeps what it found.
+
+    Attributes:
+        workload: what is timed.
+        baseline: what the ratios refer to.
+        variants: by name, in the order in which they were tried.
+        engines: of the variants that may become the artifact.
+        ratios: speed-ups over the baseline.
+        latency_ms: of one request.
+        failures: why a variant could not be built or run.
+    """
+
+    workload: Workload
+    baseline: Variant
+    progress: Progress
+    seed: int = 0
+    variants: dict[str, Variant] = field(default_factory=dict)
+    engines: dict[str, Engine] = field(default_factory=dict)
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.variants[self.baseline.name] = self.baseline
+        self.engines[self.baseline.name] = self.baseline.target.build(self.baseline.model)
+        self.ratios[self.baseline.name] = Ratio(1.0, 1.0, 1.0, "cannot tell")
+
+    def time(self, variants: Sequence[Variant], seconds: float = SCREENING_SECONDS) -> None:
+        """Measure these variants and the baseline in turns; a failing one costs only itself."""
+        calls = {BASELINE: self._call(self.baseline)}
+        for variant in variants:
+            self.variants[variant.name] = variant
+            try:
+                self.engines[variant.name] = variant.target.build(variant.model)
+                calls[variant.name] = self._call(variant)
+                calls[variant.name]()
+            except EngineError as error:
+                calls.pop(variant.name, None)
+                self.engines.pop(variant.name, None)
+                self.failures[variant.name] = str(error)
+        if len(calls) == 1:
+            return
+        found = measure(
+            calls,
+            seconds=seconds * len(calls),
+            min_blocks=6,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        for name, timing in found.timings.items():
+            self.latency_ms[name] = timing.p50_ms / self.workload.requests
+        self.ratios |= found.ratios
+
+    def speed(self, name: str) -> float:
+        """Speed-up over the baseline; 0 for a variant that failed."""
+        return self.ratios[name].value if name in self.ratios else 0.0
+
+    def fastest(self, names: Sequence[str]) -> str:
+        """The fastest of these; the first of equals."""
+        return max(names, key=self.speed)
+
+    def forget(self, name: str) -> None:
+        """Free the engine of a variant that is out of the race."""
+        self.engines.pop(name, None)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a variant another name, and keep its place."""
+        tables: tuple[dict[str, Any], ...] = (
+            self.variants, self.engines, self.ratios, self.latency_ms, self.failures
+        )  # fmt: skip
+        for table in tables:
+            items = [(new if name == old else name, value) for name, value in table.items()]
+            table.clear()
+            table.update(items)
+        self.variants[new] = dataclasses.replace(self.variants[new], name=new)
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """What was tried, for the report."""
+        return [
+            {
+                "name": name,
+                "runtime": variant.target.name,
+                "precision": variant.precision,
+                "settings": settings(variant.target),
+                "speedup": dataclasses.asdict(self.ratios[name]) if name in self.ratios else None,
+                "p50_ms": self.latency_ms.get(name),
+                "float_sites": len(variant.kept_float),
+                "failure": self.failures.get(name, ""),
+            }
+            for name, variant in self.variants.items()
+        ]
+
+    def _call(self, variant: Variant) -> Any:
+        return self.workload.call(self.engines[variant.name], variant.target)
+
+
+def settings(target: Target) -> dict[str, Any]:
+    """The fields of a target, as plain values."""
+    if dataclasses.is_dataclass(target) and not isinstance(target, type):
+        return dataclasses.asdict(target)
+    return {}
