@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import LoadError, OutputError
-from compress.registry import create_target
+from compress.registry import create_target, require_target
 from compress.target import Engine
 
 REPORT = "report.json"
@@ -159,6 +159,7 @@ def load(directory: Path | str, *, threads: int | None = None) -> Engine:
 
     Raises:
         LoadError: the directory is no artifact, or a file was changed since.
+        UnsupportedError: its runtime is not installed.
     """
     directory = Path(directory)
     report = read_report(directory)
@@ -175,7 +176,11 @@ def load(directory: Path | str, *, threads: int | None = None) -> Engine:
     settings = dict(target["options"])
     if threads is not None:
         settings["threads"] = threads
-    return create_target(target["name"], **settings).load(directory)
+        if "streams" in settings:
+            settings["streams"] = min(settings["streams"], threads)
+    destination = create_target(target["name"], **settings)
+    require_target(destination)
+    return destination.load(directory)
 
 
 def open_engine(path: Path | str, *, target: str = "cpu", threads: int | None = None) -> Engine:

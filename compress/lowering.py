@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def export(original: Model, passes: Sequence[Pass], context: Context) -> tuple[M
     model = original
     for step in passes:
         if step.stage == "torch":
-            model = step.apply(to_torch(model), context)
+            model = step.apply(_torch_copy(model) if model is original else model, context)
     exported = to_onnx(original, opset, context.progress, context.calibration)
     return exported, exported if model is original else to_onnx(model, opset, context.progress)
 
@@ -63,6 +64,14 @@ def lower(start: Model, passes: Sequence[Pass], context: Context) -> Lowered:
     for step in steps[:first]:
         model = _step(step, model, context)
     return Lowered(model, tuple(steps[first:]), context)
+
+
+def _torch_copy(original: Model) -> Model:
+    """A pass may change its model in place, and the original is still the baseline."""
+    model = to_torch(original)
+    if model is not original:
+        return model
+    return dataclasses.replace(model, program=copy.deepcopy(model.torch_module))
 
 
 def _copy(model: Model) -> Model:

@@ -114,7 +114,8 @@ def place_by_measurement(
         return None
     search = _Search(lowered, narrow, wide, screening, placement)
     if remembered is not None and len(remembered) == len(regions):
-        search.try_all([list(remembered)])
+        # Which precision is the wide one may have changed since.
+        search.try_all([[INT8 if p == INT8 else placement.wide for p in remembered]])
     else:
         search.start()
         if not search.hopeless():

@@ -14,6 +14,7 @@ from compress.mixed import Placement, place_by_measurement, recall, remember
 from compress.model import Model
 from compress.progress import Progress
 from compress.target import Adjustable, Target
+from compress.trial import Trials
 from compress.variants import BASELINE, Screening, Variant, settings, uniform_variants
 from compress.workload import Workload
 
@@ -62,36 +63,43 @@ def search(
         memory: file with the placements of an earlier search of the same model, data and machine.
     """
     start = time.monotonic()
-    deadline = start + seconds
     baseline, *variants = uniform_variants(original, lowered)
-    screening = Screening(workload, _baseline(baseline, workload), progress, seed)
-    screening.time(variants)
-    placements: dict[str, Placement] = {}
-    if seconds > 0:
-        known = recall(memory) if memory is not None else {}
-        for one in _by_speed(lowered, screening):
-            name = one.context.target.name
-            wide, narrow = _pair(name, screening, reference=one is lowered[0])
-            if not one.places or wide is None or narrow is None or (not known and _late(deadline)):
-                continue
-            found = place_by_measurement(
-                one,
-                wide,
-                narrow,
-                screening,
-                deadline=_share(deadline, placements, lowered),
-                remembered=known.get(name),
-            )
-            if found is not None:
-                placements[name] = found
-        if memory is not None and not known and placements:
-            remember(memory, placements.values())
-        _adjust(screening)
+    title = "Search for the fastest runtime and placement"
+    with Trials() as trials, progress(title, total=seconds or None) as advance:
+        screening = Screening(workload, _baseline(baseline, workload), advance, trials, seed)
+        screening.time(variants)
+        placements: dict[str, Placement] = {}
+        if seconds > 0:
+            placements = _place(lowered, screening, start + seconds, memory)
+            _adjust(screening)
     return Searched(_finalists(screening), screening, placements, time.monotonic() - start)
 
 
-def _late(deadline: float) -> bool:
-    return time.monotonic() > deadline
+def _place(
+    lowered: Sequence[Lowered], screening: Screening, deadline: float, memory: Path | None
+) -> dict[str, Placement]:
+    """Mixed placements for each runtime, the fastest first."""
+    placements: dict[str, Placement] = {}
+    known = recall(memory) if memory is not None else {}
+    for one in _by_speed(lowered, screening):
+        name = one.context.target.name
+        wide, narrow = _pair(name, screening, reference=one is lowered[0])
+        late = time.monotonic() > deadline and not known
+        if not one.places or wide is None or narrow is None or late:
+            continue
+        found = place_by_measurement(
+            one,
+            wide,
+            narrow,
+            screening,
+            deadline=_share(deadline, placements, lowered),
+            remembered=known.get(name),
+        )
+        if found is not None:
+            placements[name] = found
+    if memory is not None and not known and placements:
+        remember(memory, placements.values())
+    return placements
 
 
 def _share(deadline: float, done: Mapping[str, Placement], lowered: Sequence[Lowered]) -> float:

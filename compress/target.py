@@ -117,7 +117,8 @@ class Kernel:
     Attributes:
         name: the runtime's name.
         op_type: the runtime's operator, e.g. "QLinearConv".
-        precision: "float32", "int8", "move" (layout or shape only) or "convert" (Q, DQ, casts).
+        precision: "float32", "bfloat16", "int8", "move" (layout or shape only) or "convert"
+            (Q, DQ, casts).
         site: name of the site that it executes, or "" for what the runtime inserted.
     """
 
@@ -178,6 +179,13 @@ class Target(Protocol):
 
     def load(self, directory: Path) -> Engine:
         """The engine that `Engine.save` wrote into `directory`."""
+
+
+@runtime_checkable
+class Isolated(Protocol):
+    """A target whose runtime has been seen to crash; models are first built in another process."""
+
+    isolated: ClassVar[bool]
 
 
 @runtime_checkable

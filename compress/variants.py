@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from compress.errors import EngineError
 from compress.latency import Ratio, measure
 from compress.lowering import Lowered
 from compress.model import Model
-from compress.progress import Progress
-from compress.target import Engine, Target
+from compress.progress import Tracker
+from compress.target import Engine, Isolated, Target
+from compress.trial import Trials
 from compress.workload import Workload
 
 BASELINE = "float32"
@@ -66,6 +68,8 @@ class Screening:
     Attributes:
         workload: what is timed.
         baseline: what the ratios refer to.
+        advance: is told the seconds that passed, and what is fastest.
+        trials: builds models of runtimes that may crash in another process first.
         variants: by name, in the order in which they were tried.
         engines: of the variants that may become the artifact.
         ratios: speed-ups over the baseline.
@@ -75,7 +79,8 @@ class Screening:
 
     workload: Workload
     baseline: Variant
-    progress: Progress
+    advance: Tracker
+    trials: Trials
     seed: int = 0
     variants: dict[str, Variant] = field(default_factory=dict)
     engines: dict[str, Engine] = field(default_factory=dict)
@@ -90,10 +95,13 @@ class Screening:
 
     def time(self, variants: Sequence[Variant], seconds: float = SCREENING_SECONDS) -> None:
         """Measure these variants and the baseline in turns; a failing one costs only itself."""
+        start = time.monotonic()
         calls = {BASELINE: self._call(self.baseline)}
         for variant in variants:
             self.variants[variant.name] = variant
             try:
+                if isinstance(variant.target, Isolated):
+                    self.trials.survives(variant.target, variant.model, self.workload.inputs)
                 self.engines[variant.name] = variant.target.build(variant.model)
                 calls[variant.name] = self._call(variant)
                 calls[variant.name]()
@@ -101,18 +109,13 @@ class Screening:
                 calls.pop(variant.name, None)
                 self.engines.pop(variant.name, None)
                 self.failures[variant.name] = str(error)
-        if len(calls) == 1:
-            return
-        found = measure(
-            calls,
-            seconds=seconds * len(calls),
-            min_blocks=6,
-            seed=self.seed,
-            progress=self.progress,
-        )
-        for name, timing in found.timings.items():
-            self.latency_ms[name] = timing.p50_ms / self.workload.requests
-        self.ratios |= found.ratios
+        if len(calls) > 1:
+            found = measure(calls, seconds=seconds * len(calls), min_blocks=6, seed=self.seed)
+            for name, timing in found.timings.items():
+                self.latency_ms[name] = timing.p50_ms / self.workload.requests
+            self.ratios |= found.ratios
+        best = self.fastest(list(self.engines))
+        self.advance(time.monotonic() - start, note=f"{best} {self.speed(best):.2f}x")
 
     def speed(self, name: str) -> float:
         """Speed-up over the baseline; 0 for a variant that failed."""

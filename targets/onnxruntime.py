@@ -101,13 +101,15 @@ class OnnxRuntime:
         return self.build(load(directory / "model.onnx"))
 
     def settings(self) -> tuple[Target, ...]:
-        """Plain layout, no arena, and sleeping threads where there are several."""
+        """Plain layout, no arena; sleeping threads, or all of them on one request."""
         others: list[Target] = [
             dataclasses.replace(self, layout="plain"),
             dataclasses.replace(self, arena=False),
         ]
         if usable_threads(self.threads) > self.streams:
             others.append(dataclasses.replace(self, spinning=False))
+        if self.streams > 1:
+            others.append(dataclasses.replace(self, streams=1))
         return tuple(others)
 
 
@@ -131,5 +133,5 @@ def onnxruntime_capabilities(machine: Machine) -> Capabilities:
         linear="Gemm",
         int8_dot_product=machine.int8_dot_product,
         patterns=PATTERNS,
-        notes=int8_notes(machine),
+        notes=int8_notes(machine, machine.int8_dot_product),
     )

@@ -73,6 +73,7 @@ class OpenVINO:
     pinned: bool = True
 
     name: ClassVar[str] = "openvino"
+    isolated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_threads(self.threads, self.streams)
@@ -84,9 +85,13 @@ class OpenVINO:
 
     def check(self) -> Check:
         """Whether the package is installed."""
-        if importlib.util.find_spec("openvino") is None:
-            return Check(False, "OpenVINO is not installed.", "pip install 'hwcompress[openvino]'")
-        return Check(available=True)
+        try:
+            found = importlib.util.find_spec("openvino") is not None
+        except (ImportError, ValueError):  # what stands in its place cannot be imported
+            found = False
+        if found:
+            return Check(available=True)
+        return Check(False, "OpenVINO is not installed.", "pip install 'hwcompress[openvino]'")
 
     def build(self, model: Model) -> Engine:
         """A compiled model."""
@@ -104,8 +109,11 @@ class OpenVINO:
         return OpenVinoEngine.from_file("OpenVINO", path, None, self._settings())
 
     def settings(self) -> tuple[Target, ...]:
-        """Threads that may move between cores."""
-        return (dataclasses.replace(self, pinned=not self.pinned),)
+        """Threads that may move between cores, and for throughput all of them on one request."""
+        others: list[Target] = [dataclasses.replace(self, pinned=not self.pinned)]
+        if self.streams > 1:
+            others.append(dataclasses.replace(self, streams=1))
+        return tuple(others)
 
     def _settings(self) -> CompileSettings:
         from targets.openvino_engine import CompileSettings
@@ -143,5 +151,5 @@ def openvino_capabilities(machine: Machine, max_isa: str = "") -> Capabilities:
         reduced_weights=machine.is_x86 and not fast,
         int8_dot_product=fast,
         patterns=PATTERNS,
-        notes=int8_notes(machine),
+        notes=int8_notes(machine, fast),
     )

@@ -31,9 +31,9 @@ def usable_threads(threads: int | None) -> int:
     return threads or this_machine().cores
 
 
-def int8_notes(machine: Machine) -> tuple[str, ...]:
-    """What the user should know of this CPU before any work."""
-    if machine.int8_dot_product:
+def int8_notes(machine: Machine, fast: bool) -> tuple[str, ...]:
+    """What the user should know before any work, where int8 has no dot product to use."""
+    if fast:
         return ()
     instruction = "VNNI" if machine.is_x86 else "the dot-product extension"
     return (

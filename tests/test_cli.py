@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from compress.render import count, size
 
 COMMANDS = ("run", "inspect", "bench", "compare", "profile", "targets", "passes", "doctor")
 Cli = Callable[..., Any]
+QUICK = ("--time", 0, "--seconds", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cache belongs to the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 def test_help_lists_every_command(cli: Cli) -> None:
@@ -45,6 +55,9 @@ def test_help_of_a_command_ends_with_examples(cli: Cli, command: str) -> None:
         (["run", "m.onnx", "--bits", "eight"], "--bits"),
         (["run", "m.onnx", "--threads", "0"], "--threads"),
         (["run", "m.onnx", "--method", "max"], "minmax"),
+        (["run", "m.onnx", "--objective", "speed"], "throughput"),
+        (["run", "m.onnx", "--batch", "0"], "--batch"),
+        (["run", "m.onnx", "--time", "-1"], "--time"),
         (["bench"], "A"),
         (["run", "m.onnx", "--mean", "0.5,x"], "0.485,0.456,0.406"),
         (["run", "m.onnx", "--input", "1x3x-2"], "1x3x224x224"),
@@ -105,6 +118,7 @@ def test_every_exception_becomes_one_paragraph(error: BaseException, code: int, 
 
 def test_targets_as_json(cli: Cli) -> None:
     rows = json.loads(cli("targets", "--json").out)
+    assert {"cpu", "onnxruntime", "openvino"} <= {row["name"] for row in rows}
     (cpu,) = [row for row in rows if row["name"] == "cpu"]
     assert cpu["available"] is True
     assert cpu["provider"].startswith("hwcompress ")
@@ -178,14 +192,49 @@ def test_compare_with_itself_finds_no_difference(
     assert "top-1 agreement" in table.out
 
 
-def test_profile_prints_and_writes_every_kernel(cli: Cli, tiny_onnx: Path, tmp_path: Path) -> None:
+def test_profile_shows_the_runtimes_side_by_side(cli: Cli, tiny_onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
     out = tmp_path / "profile.json"
     result = cli("profile", tiny_onnx, "--threads", "1", "--runs", "3", "--out", out)
     assert result.code == 0, result.err
-    rows = json.loads(out.read_text())["rows"]
-    assert sum(row["share"] for row in rows) == pytest.approx(1)
-    assert {"conv", "fc"} <= {row["site"] for row in rows}
-    assert "conv" in result.out
+    found = json.loads(out.read_text())
+    shares: dict[str, float] = defaultdict(float)
+    for row in found["rows"]:
+        shares[row["runtime"]] += row["share"]
+    assert shares == {"onnxruntime": pytest.approx(1), "openvino": pytest.approx(1)}
+    layers = {row["site"]: row for row in found["layers"]}
+    assert next(iter(layers)) == "conv"
+    for site in ("conv", "fc"):
+        assert set(layers[site]["p50_us"]) == {"onnxruntime", "openvino"}
+        assert set(layers[site]["precision"].values()) == {"float32"}
+    assert layers["conv"]["macs"] == 8 * 8 * 8 * 3 * 3 * 3
+    for runtime in shares:
+        spent = sum(row["p50_us"].get(runtime, 0) for row in found["layers"])
+        rows = [row["p50_us"] for row in found["rows"] if row["runtime"] == runtime]
+        assert spent == pytest.approx(sum(rows))
+    header, *lines = result.out.splitlines()
+    assert header.split()[-5:] == ["onnxruntime", "µs", "openvino", "µs", "faster"]
+    (conv,) = [line.split() for line in lines if line.startswith("conv ")]
+    assert conv[1] == "Conv"
+    assert any(line.startswith("sum ") for line in lines)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_profile_of_one_runtime_prints_and_writes_every_kernel(
+    cli: Cli, tiny_onnx: Path, tmp_path: Path, runtime: str
+) -> None:
+    pytest.importorskip(runtime)
+    out = tmp_path / "profile.json"
+    given = ("--target", runtime, "--threads", "1", "--runs", "3", "--out", out)
+    result = cli("profile", tiny_onnx, *given)
+    assert result.code == 0, result.err
+    found = json.loads(out.read_text())
+    assert found["layers"] == []
+    assert {row["runtime"] for row in found["rows"]} == {runtime}
+    assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
+    assert {"conv", "fc"} <= {row["site"] for row in found["rows"]}
+    assert result.out.split()[:3] == ["kernel", "operator", "precision"]
+    assert any(line.startswith("conv ") for line in result.out.splitlines())
 
 
 def test_profile_into_a_missing_folder_is_refused(
@@ -203,7 +252,7 @@ def test_run_writes_an_artifact_that_loads(
     import compress
 
     out = tmp_path / "artifact"
-    given = ("run", tiny_onnx, "--calibration", tiny_images, "--seconds", "0.5", "--out", out)
+    given = ("run", tiny_onnx, "--calibration", tiny_images, "--out", out, *QUICK)
     result = cli(*given, "--json")
     found = json.loads(result.out)
     # A network this small may gain nothing from int8; the code must say what the report says.
@@ -229,7 +278,7 @@ def test_a_budget_that_is_not_met_is_code_1_with_an_artifact(
     out = tmp_path / "artifact"
     result = cli(
         *("run", tiny_onnx, "--calibration", tiny_images, "--min-speedup", "50"),
-        *("--seconds", "0.5", "--out", out),
+        *("--target", "onnxruntime", "--out", out, *QUICK),
     )
     assert result.code == NOT_MET, result.err
     assert (out / "report.json").is_file()

@@ -25,7 +25,8 @@ from compress.model import Model
 from compress.pipeline import RunResult
 from compress.report import SCHEMA_VERSION
 
-FAST: dict[str, Any] = {"threads": 1, "seconds": 0.5}
+FAST: dict[str, Any] = {"target": "onnxruntime", "threads": 1, "search_seconds": 0, "seconds": 0.5}
+INT8 = "onnxruntime int8"
 SHAPE = (32, 16, 16)
 WIDE = "<pads=[1,1,1,1]>"
 BODY = f"""[a] c = Conv{WIDE}(x, w) [r] d = Relu(c) [b] e = Conv{WIDE}(d, w2) [s] f = Relu(e)
@@ -101,10 +102,11 @@ def test_the_report_on_disk_is_the_report_returned(done: RunResult) -> None:
 @needs_fast_int8
 def test_the_report_proves_what_was_gained_and_lost(done: RunResult, files: Files) -> None:
     report = done.report
-    assert report.chosen == "int8"
+    assert report.chosen == INT8
     assert "as fast as the original and loses" in report.headline[0]
     before, after = report.candidates
-    assert (before.name, after.name) == ("float32", "int8")
+    assert (before.name, after.name) == ("float32", INT8)
+    assert (after.runtime, after.precision) == ("onnxruntime", "int8")
     assert before.score == {"value": 1.0, "unit": "top-1", "n": 48}
     assert after.drop is not None
     assert after.drop["points"] == pytest.approx(100 * (1 - after.score["value"]))  # type: ignore[index]
@@ -116,7 +118,8 @@ def test_the_report_proves_what_was_gained_and_lost(done: RunResult, files: File
     assert report.calibration["samples"] == 48
     assert report.model["sha256"] == sha256_file(files.model)
     assert report.budget == {"max_drop": "20%", "min_speedup": None}
-    assert report.latency["threads"] == 1
+    latency = {"batch": 1, "objective": "latency", "requests": 1, "threads": 1}
+    assert latency.items() <= report.latency.items()
     assert {row["precision"] for row in report.sites if row["macs"]} == {"int8"}
 
 
@@ -133,7 +136,7 @@ def test_the_artifact_runs_again_as_it_was_measured(done: RunResult, files: File
     assert engine.inputs[0].shape == ("batch", *SHAPE)
     first, again = engine({"x": files.x})["y"], compress.load(done.directory)({"x": files.x})["y"]
     np.testing.assert_array_equal(first, again)
-    assert (first.argmax(1) == files.y).mean() == done.report.candidate("int8").score["value"]  # type: ignore[index]
+    assert (first.argmax(1) == files.y).mean() == done.report.candidate(INT8).score["value"]  # type: ignore[index]
     sites = graph_sites(load_model(files.model).graph_model)
     assert int8_share(engine.kernels(), sites) == 1.0
 
@@ -167,18 +170,23 @@ def test_a_speedup_out_of_reach_is_not_met_and_still_written(files: Files, tmp_p
         files.model, calibration=files.x, min_speedup=500, out=tmp_path / "out", **FAST
     )
     assert not result.met
-    assert result.report.chosen == "int8"
+    assert result.report.chosen == INT8
     assert "--min-speedup 500 is not within reach" in "".join(result.report.headline)
     assert "accuracy was not verified" in result.report.headline[0]
     assert compress.load(result.directory)({"x": files.x[:1]})["y"].shape == (1, 10)
 
 
 def test_more_loss_than_allowed_leaves_the_original(files: Files, tmp_path: Path) -> None:
-    wrong = iter((1.0, 0.9))
+    seen: list[str] = []
+
+    def loses(engine: compress.Engine) -> float:
+        seen.append(engine.name)
+        return 1.0 if len(seen) == 1 else 0.9
+
     result = compress.run(
         files.model,
         calibration=files.x,
-        evaluate=lambda engine: next(wrong),
+        evaluate=loses,
         max_drop=0,
         out=tmp_path / "out",
         **FAST,
@@ -186,6 +194,8 @@ def test_more_loss_than_allowed_leaves_the_original(files: Files, tmp_path: Path
     assert not result.met
     assert result.report.chosen == "float32"
     assert "more than --max-drop allows" in result.report.headline[0]
+    assert not any(one.allowed for one in result.report.candidates[1:])
+    assert len(seen) == len(result.report.candidates)
     assert not (result.directory / "plan.json").exists()
     engine = compress.load(result.directory)
     original = compress.artifact.open_engine(files.model, threads=1)
@@ -252,6 +262,9 @@ def test_an_interruption_leaves_the_old_artifact_and_nothing_else(
         ({"threads": 0}, "--threads 0 is out of range"),
         ({"bits": 4}, "--bits 4 is not supported"),
         ({"method": "median"}, "choose from minmax"),
+        ({"objective": "speed"}, "choose from latency, throughput"),
+        ({"batch": 0}, "must be at least 1"),
+        ({"search_seconds": -1}, "--time -1 is out of range"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -259,7 +272,7 @@ def test_wrong_usage_is_refused_before_any_work(
     files: Files, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        compress.run(files.model, out=tmp_path / "out", **{**FAST, **settings})
+        compress.run(files.model, calibration=files.x, out=tmp_path / "out", **{**FAST, **settings})
     assert not list(tmp_path.iterdir())
 
 

@@ -36,10 +36,46 @@ def row(name: str, macs: int, precision: str, reason: str = "") -> dict[str, Any
     }
 
 
+def variant(name: str, runtime: str, precision: str, **changes: Any) -> dict[str, Any]:
+    values = {
+        "name": name,
+        "runtime": runtime,
+        "precision": precision,
+        "settings": {"threads": 1, "layout": None},
+        "speedup": RATIO,
+        "p50_ms": 0.89,
+        "float_sites": 0,
+        "failure": "",
+    }
+    return {**values, **changes}
+
+
+def region(name: str, precision: str, int8_us: float, float_us: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "sites": 3,
+        "macs": 2_500_000,
+        "precision": precision,
+        "predicted_us": {"int8": int8_us, "float32": float_us},
+    }
+
+
+TRIED = (
+    variant("float32", "onnxruntime", "float32", p50_ms=1.834),
+    variant("openvino int8", "openvino", "int8"),
+    variant("openvino mixed", "openvino", "mixed", float_sites=7),
+    variant(
+        "openvino bfloat16", "openvino", "bfloat16", speedup=None, p50_ms=None,
+        failure="It is\nrefused.",
+    ),
+)  # fmt: skip
+
+
 def report(**changes: Any) -> Report:
     first = Candidate(name="float32", size_bytes=123_456, timing=TIMING)
     second = Candidate(
         name="int8", size_bytes=4_560_000, timing=TIMING, speedup=RATIO, fidelity=FIDELITY,
+        runtime="onnxruntime", precision="int8", settings={"threads": 1, "layout": "plain"},
         score={"value": 0.913, "unit": "top-1", "n": 100},
         drop={"points": 0.5, "low": -0.1, "high": 1.1, "agreement": 0.99}, int8_macs=0.75,
     )  # fmt: skip
@@ -53,6 +89,8 @@ def report(**changes: Any) -> Report:
         "steps": ({"name": "quantize", "options": {}, "details": {"samples": 8, "map": {}}},),
         "latency": {
             "batch": 1,
+            "objective": "latency",
+            "requests": 1,
             "threads": 1,
             "rounds": 9,
             "sessions": 3,
@@ -67,6 +105,7 @@ def report(**changes: Any) -> Report:
         "versions": {"torch": "2"},
         "created": "2025-01-01T00:00:00+00:00",
         "files": {"model.onnx": "abc"},
+        "tried": TRIED,
     }
     return Report(**{**values, **changes})
 
@@ -75,6 +114,8 @@ def test_the_report_is_plain_json() -> None:
     values = json.loads(json.dumps(report().to_dict(), allow_nan=False))
     assert values["schema_version"] == SCHEMA_VERSION
     assert values["candidates"][1]["speedup"]["verdict"] == "faster"
+    assert values["candidates"][1]["settings"] == {"threads": 1, "layout": "plain"}
+    assert [one["name"] for one in values["tried"]] == [one["name"] for one in TRIED]
     assert set(values) == {field.name for field in dataclasses.fields(Report)}
 
 
@@ -89,13 +130,45 @@ def test_markdown_begins_with_what_matters() -> None:
         "| float32 | 1.83 ms [1.80, 1.86] | 1 | 123.5 kB | not evaluated |",
         "| b\\|c | Conv | 25.00% | kept |",
         "1. `quantize`: samples 8",
-        "9 interleaved rounds in 3 sessions and 0.5 s",
+        "Latency: batch 1, 1 threads, 9 interleaved rounds in 3 sessions and 0.5 s",
         "A note.",
         "sha256 none",
         "- command: Python API",
         "- file `model.onnx`: sha256 abc",
     ):
         assert part in text
+
+
+def test_markdown_lists_what_was_tried() -> None:
+    lines = report().markdown().splitlines()
+    start = lines.index("## What was tried")
+    assert lines[start + 4 : start + 8] == [
+        "| float32 | 1 | 1.83 ms |  | threads 1 |",
+        "| openvino int8 | 2.06x [2.01, 2.11] | 0.89 ms |  | threads 1 |",
+        "| openvino mixed | 2.06x [2.01, 2.11] | 0.89 ms | 7 | threads 1 |",
+        "| openvino bfloat16 | failed: It is |  |  |  |",
+    ]
+
+
+def test_markdown_has_a_table_of_regions_only_where_placements_were_searched() -> None:
+    assert "## Regions" not in report().markdown()
+    regions = (region("stem", "float32", 12.4, 9.6), region("stage|1", "int8", 20, 41.2))
+    found = report(regions=regions, target={"name": "openvino"}).markdown().splitlines()
+    start = found.index("## Regions (openvino)")
+    assert "chosen by measuring whole models" in found[start + 2]
+    assert found[start + 4 : start + 8] == [
+        "| region | operators | MACs | int8, µs (predicted) | float32, µs (predicted) | runs |",
+        "|---|---|---|---|---|---|",
+        "| stem | 3 | 2.50 M | 12 | 10 | float32 |",
+        "| stage\\|1 | 3 | 2.50 M | 20 | 41 | int8 |",
+    ]
+
+
+def test_markdown_says_that_throughput_was_measured() -> None:
+    latency = {**report().latency, "objective": "throughput", "requests": 8, "batch": 4}
+    text = report(latency=latency).markdown()
+    assert "Time per request with 8 requests in each call (throughput): batch 4, 1 threads" in text
+    assert "Latency: batch" not in text
 
 
 @pytest.mark.parametrize(
@@ -121,6 +194,22 @@ def test_the_terminal_shows_the_same() -> None:
     assert text.index("conv9") < text.index("conv8")
     assert "conv0" not in text
     assert "and 2 more, see report.md" in text
+
+
+def test_the_terminal_shows_the_variants_that_are_no_candidates() -> None:
+    stream = io.StringIO()
+    names = ("int8", *(f"openvino mixed {index}" for index in range(10)))
+    tried = (*TRIED, *(variant(name, "openvino", "mixed") for name in names))
+    render(report(tried=tried), Console(file=stream, width=200))
+    lines = stream.getvalue().splitlines()
+    shown = [line.strip() for line in lines if line.startswith("  tried: ")]
+    assert shown[:3] == [
+        "tried: openvino int8: 2.06x [2.01, 2.11]",
+        "tried: openvino mixed: 2.06x [2.01, 2.11]",
+        "tried: openvino bfloat16: failed: It is",
+    ]
+    assert len(shown) == 8
+    assert "  and 5 more, see report.md" in lines
 
 
 def test_numbers_for_people() -> None:

@@ -1,81 +1,108 @@
-"""The CPU target keeps the contract, and its engine tells what ONNX Runtime did."""
+"""The CPU target hands on what it is given, and says which runtimes it can choose from."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from compress.errors import EngineError, UsageError
-from compress.machine import Machine, this_machine
-from compress.model import Model
+from compress.errors import LoadError, UsageError
+from compress.machine import this_machine
+from compress.target import ManyRuntimes, Target, runtimes
 from compress.testing import TargetContract
-from targets.cpu import CPU, cpu_capabilities
+from targets.cpu import CPU
+from targets.onnxruntime import OnnxRuntime
+from targets.openvino import OpenVINO
+
+WITHOUT_OPENVINO = """
+import sys
+{absence}
+from targets.cpu import CPU
+print([one.name for one in CPU().runtimes()])
+for name, check in CPU().missing().items():
+    print(name, check.reason, check.install)
+"""
+BLOCKED = "sys.modules['openvino'] = None"
+FINDER = """
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'openvino':
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Gone())
+"""
+WITHOUT_A_SPEC = """
+import types
+sys.modules['openvino'] = types.ModuleType('openvino')
+"""
 
 
 class TestCPU(TargetContract):
-    """ONNX Runtime with one thread."""
+    """The reference runtime with one thread."""
 
     target = CPU(threads=1)
 
 
-def _machine(architecture: str, features: tuple[str, ...]) -> Machine:
-    return Machine(
-        cpu="made up",
-        architecture=architecture,
-        cores=2,
-        features=features,
-        memory_bytes=0,
-        governor="",
-        os="Linux",
-        python="3.11",
+@pytest.mark.parametrize("kind", [CPU, OnnxRuntime, OpenVINO])
+@pytest.mark.parametrize("threads", [0, -1, 10_000])
+def test_impossible_thread_counts_are_refused(kind: type[Target], threads: int) -> None:
+    with pytest.raises(UsageError, match=f"--threads {threads} .* {this_machine().cores} usable"):
+        kind(threads=threads)
+
+
+@pytest.mark.parametrize("kind", [CPU, OnnxRuntime, OpenVINO])
+@pytest.mark.parametrize(("threads", "streams"), [(1, 2), (4, 5), (2, 0)])
+def test_each_stream_needs_a_thread(kind: type[Target], threads: int, streams: int) -> None:
+    with pytest.raises(UsageError, match=f"{streams} streams do not fit {threads} threads"):
+        kind(threads=threads, streams=streams)
+
+
+def test_the_reference_comes_first_and_every_runtime_gets_the_threads() -> None:
+    pytest.importorskip("openvino")
+    target = CPU(threads=4, streams=2)
+    assert isinstance(target, ManyRuntimes)
+    assert runtimes(target) == (
+        OnnxRuntime(threads=4, streams=2),
+        OpenVINO(threads=4, streams=2),
     )
+    assert target.missing() == {}
+    assert target.capabilities == OnnxRuntime(threads=4).capabilities
+
+
+def test_one_runtime_chooses_from_itself() -> None:
+    assert runtimes(OnnxRuntime(threads=1)) == (OnnxRuntime(threads=1),)
+    assert runtimes(OpenVINO(threads=1)) == (OpenVINO(threads=1),)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "features", "reduced", "fast"),
-    [
-        pytest.param("x86_64", ("avx2", "avx512_vnni"), False, True, id="x86-vnni"),
-        pytest.param("x86_64", ("avx2",), True, False, id="x86-without-vnni"),
-        pytest.param("aarch64", ("dotprod",), False, True, id="arm-dotprod"),
-        pytest.param("aarch64", (), False, False, id="arm-without-dotprod"),
-    ],
+    "absence", [BLOCKED, FINDER, WITHOUT_A_SPEC], ids=["blocked", "finder", "no spec"]
 )
-def test_the_scheme_follows_the_instruction_set(
-    architecture: str, features: tuple[str, ...], reduced: bool, fast: bool
-) -> None:
-    facts = cpu_capabilities(_machine(architecture, features))
-    assert facts.reduced_weights is reduced
-    assert facts.int8_dot_product is fast
-    assert facts.activation == "uint8"
-    assert bool(facts.notes) is not fast
-    if not fast:
-        assert "no int8 dot product" in facts.notes[0]
+def test_a_runtime_that_is_not_installed_is_missing_with_the_way_to_get_it(absence: str) -> None:
+    code = WITHOUT_OPENVINO.format(absence=absence)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [
+        "['onnxruntime']",
+        "openvino OpenVINO is not installed. pip install 'hwcompress[openvino]'",
+    ]
 
 
-@pytest.mark.parametrize("threads", [0, -1, 10_000])
-def test_impossible_thread_counts_are_refused(threads: int) -> None:
-    with pytest.raises(UsageError, match=f"--threads {threads} .* {this_machine().cores} usable"):
-        CPU(threads=threads)
-
-
-def test_profile_covers_the_kernels() -> None:
-    contract = TestCPU()
-    model = contract.exported()
-    engine = contract.target.build(model)
-    times = engine.profile(model.example(), runs=5)
-    assert {"0", "4.depthwise", "4.pointwise", "8"} <= {one.kernel.site for one in times}
-    assert all(one.p50_us >= 0 for one in times)
-    assert sum(one.p50_us for one in times) > 0
-
-
-def test_a_refused_model_is_an_engine_error() -> None:
+def test_the_files_say_which_runtime_an_artifact_is_for(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
     model = TestCPU().exported()
-    model.graph_model.graph[0].op_type = "NoSuchOperator"
-    with pytest.raises(EngineError, match=r"ONNX Runtime .* refuses the model"):
-        CPU(threads=1).build(Model(model.program, model.inputs, "broken"))
+    for one in CPU(threads=1).runtimes():
+        folder = tmp_path / one.name
+        folder.mkdir()
+        engine = one.build(model)
+        engine.save(folder)
+        again = CPU(threads=1).load(folder)
+        assert type(again) is type(engine)
+        inputs = model.example(2)
+        np.testing.assert_array_equal(again(inputs)["linear"], engine(inputs)["linear"])
 
 
-def test_wrong_input_is_an_engine_error() -> None:
-    model = TestCPU().exported()
-    engine = CPU(threads=1).build(model)
-    with pytest.raises(EngineError, match="failed while running"):
-        engine({"x": model.example()["x"][:, :1]})
+def test_an_empty_directory_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"neither model\.onnx nor model\.xml"):
+        CPU(threads=1).load(tmp_path)

@@ -1,0 +1,121 @@
+"""What other tools make of a float model, as engines that are called like ours.
+
+All peers get the same exported graph and the same calibration batches, with the defaults of one
+documented call; NNCF is told what is a transformer, as its documentation asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from benchmarks.zoo import quantize_with_onnxruntime
+from compress.model import Model
+from compress.target import Engine, Target
+from targets.onnxruntime import OnnxRuntime
+from targets.openvino import OpenVINO
+from targets.openvino_engine import CompileSettings, OpenVinoEngine
+
+Batches = list[dict[str, np.ndarray]]
+Build = Callable[[], tuple[Engine, Target]]
+ORT_FLOAT, ORT_INT8 = "ORT float32", "ORT quantize_static"
+OV_WIDE, OV_INT8, OV_QDQ = "OpenVINO default", "NNCF OpenVINO int8", "OpenVINO reading ORT's QDQ"
+
+
+def peers(
+    exported: Model, batches: Batches, *, threads: int, streams: int = 1, transformer: bool = False
+) -> tuple[dict[str, Build], dict[str, str]]:
+    """A builder for each peer, and the errors of those that fail to make a model.
+
+    "OpenVINO default" runs in bfloat16 where the CPU has it and in float32 elsewhere.
+    """
+    errors: dict[str, str] = {}
+    runtime = OnnxRuntime(threads=threads)
+    vino = OpenVINO(threads=threads, streams=streams)
+    wide = "bfloat16" if "bfloat16" in vino.capabilities.precisions else "float32"
+    default = OpenVINO(threads=threads, streams=streams, precision=wide)
+    found: dict[str, Build] = {
+        ORT_FLOAT: lambda: (runtime.build(exported), runtime),
+        OV_WIDE: lambda: (default.build(exported), default),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            quantized = quantize_with_onnxruntime(exported, batches, Path(folder))
+            quantized = Model(quantized.program, exported.inputs, "quantize_static")
+            found[ORT_INT8] = lambda: (runtime.build(quantized), runtime)
+            found[OV_QDQ] = lambda: (vino.build(quantized), vino)
+        except Exception as error:  # a peer that fails must not hide the others
+            errors[ORT_INT8] = _first_line(error)
+        try:
+            model = nncf_openvino(exported, batches, Path(folder), transformer)
+            settings = CompileSettings(threads=threads, streams=streams)
+
+            def build() -> tuple[Engine, Target]:
+                return OpenVinoEngine("NNCF", model, exported.inputs, settings), vino
+
+            found[OV_INT8] = build
+        except Exception as error:  # as above
+            errors[OV_INT8] = _first_line(error)
+    return found, errors
+
+
+def nncf_openvino(exported: Model, batches: Batches, folder: Path, transformer: bool) -> Any:
+    """NNCF's defaults on OpenVINO's graph."""
+    import nncf
+    import openvino as ov
+
+    source = folder / "float.onnx"
+    ir.save(exported.graph_model, source)
+    options = {"model_type": nncf.ModelType.TRANSFORMER} if transformer else {}
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        model = ov.Core().read_model(source)
+        return nncf.quantize(
+            model, nncf.Dataset(batches), subset_size=max(1, len(batches)), **options
+        )
+
+
+def executorch_int8(module: Any, inputs: tuple[int, ...], images: np.ndarray) -> Callable[..., Any]:
+    """ExecuTorch's documented int8 recipe for XNNPACK, per channel, on one thread.
+
+    Raises:
+        ImportError: executorch is not installed.
+    """
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings import _portable_lib
+    from executorch.runtime import Runtime
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    example = (torch.zeros(inputs),)
+    quantizer = XNNPACKQuantizer()
+    quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(module.eval(), example).module(), quantizer)
+    with torch.no_grad():
+        for image in images:
+            prepared(torch.from_numpy(image[None]))
+    exported = torch.export.export(convert_pt2e(prepared), example)
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    buffer = program.to_executorch().buffer
+    _portable_lib._unsafe_reset_threadpool(1)
+    loaded = Runtime.get().load_program(buffer)
+    method = loaded.load_method("forward")
+
+    def call(array: np.ndarray, keep: object = loaded) -> np.ndarray:
+        return np.asarray(method.execute([torch.from_numpy(array)])[0])
+
+    return call
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
