@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/bench.stamp
-	@for name in limits zoo cifar_ptq; do \
+	@for name in limits zoo cifar_ptq zoo_latency trained; do \
 		echo "benchmarks/$$name.py"; $(BIN)/python -W ignore -m benchmarks.$$name || exit 1; done
 
 clean:
@@ -36,16 +36,16 @@ clean:
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing hwcompress into $(VENV)"
-	@$(PIP) --editable . scikit-learn
+	@$(PIP) --editable ".[openvino]" scikit-learn
 	@touch $@
 
 $(VENV)/bench.stamp: $(VENV)/dev.stamp
 	@echo "Installing what the benchmarks compare with into $(VENV)"
-	@$(PIP) --editable ".[openvino]"
+	@$(PIP) --editable ".[nncf]"
 	@$(PIP) --no-deps torchvision
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	@echo "Installing what the tests need into $(VENV)"
-	@$(PIP) --editable ".[dev]"
+	@$(PIP) --editable ".[dev,openvino]"
 	@touch $@

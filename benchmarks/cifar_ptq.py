@@ -20,7 +20,7 @@ import logging
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import Results, shared_module
+from benchmarks.peers import nncf_openvino
 from benchmarks.zoo import quantize_with_onnxruntime
 from compress.data import Data, load_data
 from compress.export import to_onnx
@@ -43,7 +44,10 @@ from compress.metrics import Accuracy, paired_drop, top1
 from compress.model import Model, TensorSpec
 from compress.passes import Context
 from compress.recipe import default_passes
+from compress.target import Engine
 from targets.cpu import CPU
+from targets.openvino import OpenVINO
+from targets.openvino_engine import CompileSettings, OpenVinoEngine
 
 NETWORKS = ("cifar10_resnet20", "cifar10_resnet56")
 METHODS = ("minmax", "percentile", "mse", "entropy")
@@ -62,34 +66,10 @@ class Row:
     build: Callable[[Any], Any]
 
 
-class OpenVinoEngine:
-    """A model compiled by OpenVINO for latency on one thread, called like any other engine."""
-
-    def __init__(self, model: Any, spec: TensorSpec, precision: str | None = None) -> None:
-        import openvino as ov
-
-        model.reshape(list(spec.concrete()))
-        options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-        if precision is not None:
-            options["INFERENCE_PRECISION_HINT"] = precision
-        self.model = model
-        self.name = "OpenVINO"
-        self.inputs = (dataclasses.replace(spec, shape=spec.concrete()),)
-        compiled = ov.Core().compile_model(model, "CPU", options)
-        self.precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self._request = compiled.create_infer_request()
-
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; the outputs are copies, as those of ONNX Runtime are."""
-        results = self._request.infer(dict(inputs), share_inputs=True)
-        return {key.get_any_name(): array for key, array in results.items()}
-
-    def save(self, directory: Path) -> list[Path]:
-        """`model.xml` and `model.bin`."""
-        import openvino as ov
-
-        ov.save_model(self.model, directory / "model.xml", compress_to_fp16=False)
-        return [directory / "model.xml", directory / "model.bin"]
+def openvino_engine(model: Any, inputs: tuple[TensorSpec, ...], precision: Any) -> Engine:
+    """OpenVINO's model compiled for latency on one thread."""
+    settings = CompileSettings(threads=1, precision=precision)
+    return OpenVinoEngine(f"OpenVINO {precision}", model, inputs, settings)
 
 
 def rows(exported: Model, data: Data, folder: Path) -> dict[str, Row]:
@@ -98,7 +78,6 @@ def rows(exported: Model, data: Data, folder: Path) -> dict[str, Row]:
     batches = [dict(batch.inputs) for batch in data.batches(1)]
     source = folder / "exported.onnx"
     ir.save(exported.graph_model, source)
-    (spec,) = exported.inputs
     table = {FLOAT: Row(lambda: exported, build)}
     for method in METHODS:
         label = OURS if method == DEFAULT_METHOD else f"ours int8 {method}"
@@ -106,11 +85,12 @@ def rows(exported: Model, data: Data, folder: Path) -> dict[str, Row]:
     theirs = partial(quantize_with_onnxruntime, exported, batches, folder)
     table["ORT quantize_static"] = Row(theirs, build)
     table["NNCF ONNX"] = Row(partial(nncf_onnx, source, batches), build)
-    compiled = partial(OpenVinoEngine, spec=spec)
-    table["NNCF OpenVINO"] = Row(partial(nncf_openvino, source, batches), compiled)
+    compiled = partial(openvino_engine, inputs=exported.inputs, precision="float32")
+    wide = "bfloat16" if "bfloat16" in OpenVINO().capabilities.precisions else "float32"
+    table["NNCF OpenVINO"] = Row(partial(nncf_openvino, exported, batches, folder, False), compiled)
     read = partial(read_openvino, source)
-    table["OpenVINO default"] = Row(read, compiled)
-    table["OpenVINO float32"] = Row(read, partial(compiled, precision="f32"))
+    table["OpenVINO default"] = Row(read, partial(compiled, precision=wide))
+    table["OpenVINO float32"] = Row(read, compiled)
     return table
 
 
@@ -134,15 +114,6 @@ def nncf_onnx(source: Path, batches: list[dict[str, np.ndarray]]) -> Model:
     )
     onnx.save(quantized, result)
     return load(result)
-
-
-def nncf_openvino(source: Path, batches: list[dict[str, np.ndarray]]) -> Any:
-    """NNCF's defaults on OpenVINO's graph."""
-    import nncf
-
-    return nncf.quantize(
-        read_openvino(source), nncf.Dataset(batches), subset_size=CALIBRATION_IMAGES
-    )
 
 
 def read_openvino(source: Path) -> Any:
@@ -185,7 +156,7 @@ def run_one(name: str, images: int, seconds: float, folder: Path) -> dict[str, A
         figures["top1"] = accuracy.to_dict()
         figures["drop"] = dataclasses.asdict(paired_drop(before, accuracy))
         if isinstance(engine, OpenVinoEngine):
-            figures["precision"] = engine.precision
+            figures["precision"] = engine.settings.precision
     first = dict(next(iter(test.batches(1))).inputs)
     comparison = measure(
         {label: partial(engine, first) for label, engine in engines.items()}, seconds=seconds

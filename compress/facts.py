@@ -36,7 +36,10 @@ def site_rows_of(
 def region_rows(searched: Searched, chosen: Built) -> tuple[Mapping[str, Any], ...]:
     """The placement table of the runtime that was chosen; empty where none was searched."""
     placement = searched.placements.get(chosen.candidate.runtime)
-    return tuple(placement.rows()) if placement is not None else ()
+    if placement is None:
+        return ()
+    precision = chosen.candidate.precision
+    return tuple(placement.rows("" if precision == "mixed" else precision))
 
 
 def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
@@ -50,6 +53,7 @@ def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
             f"{hidden} operators with multiply-accumulates are inside If, Loop or Scan: they stay "
             f"in float, and the shares of MACs do not count them."
         )
+    remarks += searched.notes
     if isinstance(target, ManyRuntimes):
         remarks += [
             f"{name} was not tried: {check.reason} Install it with: {check.install}."

@@ -52,6 +52,7 @@ class Placement:
         predicted_us: latency of the best assignment, as predicted.
         chosen: precision of each region in the fastest variant that was measured.
         trials: number of placements that were built and timed.
+        note: why none was built, or "".
     """
 
     runtime: str
@@ -62,10 +63,12 @@ class Placement:
     predicted_us: float = math.nan
     chosen: list[str] = field(default_factory=list)
     trials: int = 0
+    note: str = ""
 
-    def rows(self) -> list[Mapping[str, Any]]:
-        """The region table of the report."""
-        pairs = zip(self.regions, self.costs_us, self.chosen, strict=True)
+    def rows(self, uniform: str = "") -> list[Mapping[str, Any]]:
+        """The region table of the report: as chosen, or every region at one precision."""
+        chosen = [uniform] * len(self.regions) if uniform else self.chosen
+        pairs = zip(self.regions, self.costs_us, chosen, strict=True)
         return [
             {
                 "name": region.name,
@@ -118,7 +121,13 @@ def place_by_measurement(
         search.try_all([[INT8 if p == INT8 else placement.wide for p in remembered]])
     else:
         search.start()
-        if not search.hopeless():
+        if search.hopeless():
+            placement.note = (
+                f"Mixed placements in {placement.runtime} were not built: the best is predicted at "
+                f"{placement.predicted_us / 1e3:.3g} ms, and another variant was measured to be "
+                f"faster."
+            )
+        else:
             search.flush()
             search.climb(deadline)
     placement.chosen = search.best

@@ -33,12 +33,14 @@ class Searched:
         screening: everything that was tried.
         placements: by the name of their target.
         seconds: that it took.
+        notes: sentences about what was not searched.
     """
 
     finalists: tuple[Variant, ...]
     screening: Screening
     placements: Mapping[str, Placement] = field(default_factory=dict)
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def search(
@@ -72,7 +74,11 @@ def search(
         if seconds > 0:
             placements = _place(lowered, screening, start + seconds, memory)
             _adjust(screening)
-    return Searched(_finalists(screening), screening, placements, time.monotonic() - start)
+    spent = time.monotonic() - start
+    notes = tuple(found.note for found in placements.values() if found.note)
+    if seconds > 0 and not placements and spent > seconds:
+        notes = (f"--time {seconds:g} was over before a mixed placement could be searched.",)
+    return Searched(_finalists(screening), screening, placements, spent, notes)
 
 
 def _place(

@@ -55,9 +55,8 @@ def uniform_variants(original: Model, lowered: Sequence[Lowered]) -> list[Varian
             # What an int8 model leaves in float is bfloat16 then, too.
             target = dataclasses.replace(target, precision="bfloat16")  # type: ignore[type-var]
             variants.append(Variant(f"{name} bfloat16", target, one.float_model, "bfloat16"))
-        if one.rest:
-            precision = "int8" if one.places else "compressed"
-            variants.append(Variant(f"{name} {precision}", target, one.apply(), precision))
+        if one.places:
+            variants.append(Variant(f"{name} int8", target, one.apply(), "int8"))
     return variants
 
 

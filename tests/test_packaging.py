@@ -130,7 +130,7 @@ def test_a_misspelt_name_gets_a_suggestion() -> None:
 
 
 def test_nncf_telemetry_is_its_stub() -> None:
-    pytest.importorskip("nncf", reason="the extra openvino is not installed")
+    pytest.importorskip("nncf", reason="the extra nncf is not installed")
     # A process of its own: NNCF also switches itself off where it sees pytest.
     kind = python(
         "import compress, nncf.telemetry as t\n"

@@ -129,6 +129,34 @@ class _Renames:
 
 
 @dataclass(frozen=True)
+class _Forgets:
+    """A placing pass that works in place: it takes the name from every operator but these."""
+
+    keep_float: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "forgets"
+    stage: ClassVar[Literal["onnx"]] = "onnx"
+
+    def check(self, model: Model, target: Target) -> None:
+        pass
+
+    def apply(self, model: Model, context: Context) -> Model:
+        for node in model.graph_model.graph:
+            if node.name not in self.keep_float:
+                node.name = ""
+        return model.evolve(model.graph_model, Step(self.name))
+
+
+def test_a_pass_may_work_in_place() -> None:
+    exported = tiny_exported(21)
+    found = lower(exported, [_Forgets()], context(exported))
+    for kept in (("0",), ("8",), ("0", "8")):
+        names = {node.name for node in found.apply(kept).graph_model.graph}
+        assert names == {"", *kept}
+    assert text_of(found.float_model) == text_of(exported)
+
+
+@dataclass(frozen=True)
 class _Doubles:
     """A torch pass: the last layer's weights and biases times two."""
 

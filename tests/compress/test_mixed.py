@@ -412,6 +412,7 @@ def test_kept_float_and_rows_follow_the_assignment(regions: tuple[Region, ...]) 
     assert [row["precision"] for row in rows] == given.chosen
     assert [row["name"] for row in rows] == [region.name for region in regions]
     assert json.loads(json.dumps(rows)) == rows
+    assert {row["precision"] for row in given.rows("int8")} == {"int8"}
 
 
 # Where the time goes.

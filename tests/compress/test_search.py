@@ -134,6 +134,13 @@ def test_without_time_only_whole_models_are_tried(
     assert not memory.exists()
 
 
+def test_a_time_that_is_too_short_is_said(original: Model, workload: Workload) -> None:
+    found = searched(original, [lowered(original, TARGET)], workload, seconds=0.01)
+    assert found.placements == {}
+    assert found.notes == ("--time 0.01 was over before a mixed placement could be searched.",)
+    assert searched(original, [lowered(original, TARGET)], workload).notes == ()
+
+
 def test_several_runtimes_without_time(original: Model, workload: Workload) -> None:
     ways = [lowered(original, TARGET), lowered(original, Picky(refuses=""))]
     found = searched(original, ways, workload)
@@ -147,7 +154,7 @@ def test_what_was_found_is_written_and_built_again(
 ) -> None:
     memory = tmp_path / "placement.json"
     one = lowered(original, TARGET)
-    first = searched(original, [one], workload, seconds=2, memory=memory)
+    first = searched(original, [one], workload, seconds=600, memory=memory)
     chosen = first.placements["onnxruntime"].chosen
     assert json.loads(memory.read_text()) == {"onnxruntime": chosen}
     text = memory.read_bytes()
@@ -186,13 +193,13 @@ def test_a_damaged_memory_is_written_anew(
 ) -> None:
     memory = tmp_path / "placement.json"
     memory.write_text("{")
-    found = searched(original, [lowered(original, TARGET)], workload, seconds=1, memory=memory)
+    found = searched(original, [lowered(original, TARGET)], workload, seconds=600, memory=memory)
     assert json.loads(memory.read_text()) == {"onnxruntime": found.placements["onnxruntime"].chosen}
 
 
 def test_a_runtime_that_refuses_int8_costs_only_that(original: Model, workload: Workload) -> None:
     ways = [lowered(original, TARGET), lowered(original, Picky())]
-    found = searched(original, ways, workload, seconds=1)
+    found = searched(original, ways, workload, seconds=600)
     assert list(found.screening.failures) == ["picky int8"]
     assert list(found.placements) == ["onnxruntime"]
     assert "picky float32" in found.screening.ratios
@@ -216,7 +223,7 @@ def test_passes_that_place_nothing_leave_nothing_to_place(
 ) -> None:
     memory = tmp_path / "placement.json"
     one = lowered(original, TARGET, "pool_spatial_mean")
-    found = searched(original, [one], workload, seconds=1, memory=memory)
+    found = searched(original, [one], workload, seconds=600, memory=memory)
     assert found.placements == {}
     assert not memory.exists()
     assert {v.precision for v in found.screening.variants.values()} == {FLOAT}
@@ -225,7 +232,7 @@ def test_passes_that_place_nothing_leave_nothing_to_place(
 
 def test_no_pass_at_all(original: Model, workload: Workload) -> None:
     context = Context(target=TARGET, original=original)
-    found = searched(original, [lower(original, [], context)], workload, seconds=1)
+    found = searched(original, [lower(original, [], context)], workload, seconds=600)
     assert [variant.name for variant in found.finalists] == [BASELINE]
     assert list(found.screening.variants) == [BASELINE]
 

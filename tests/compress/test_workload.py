@@ -66,7 +66,7 @@ def fixed(onnx_model: Callable[..., Model]) -> Model:
 
 
 def test_an_objective_that_does_not_exist(model: Model) -> None:
-    with pytest.raises(UsageError, match="--objective speed does not exist.*latency, throughput"):
+    with pytest.raises(UsageError, match=r"--objective speed does not exist.*latency, throughput"):
         make_workload(model, None, batch=1, objective="speed", threads=1)
 
 
