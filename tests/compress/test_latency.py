@@ -71,6 +71,7 @@ def test_a_candidate_is_mostly_not_faster_than_itself():
     assert verdicts.count("cannot tell") >= 5
 
 
+@pytest.mark.latency
 def test_drift_cancels_in_the_paired_ratio():
     clock = Sinking()
     found = measure({"a": clock.candidate(0.5), "b": clock.candidate(1)}, seconds=0.8)

@@ -281,7 +281,7 @@ def test_the_worker_ends_with_its_parent(
     )
     worker, child = waiting_for(where)
     parent.send_signal(number)
-    _, stderr = parent.communicate(timeout=30)
+    _, stderr = parent.communicate(timeout=120)
     try:
         assert ended(worker)
         assert parent.returncode == -number
