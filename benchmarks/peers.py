@@ -101,7 +101,7 @@ def executorch_int8(module: Any, inputs: tuple[int, ...], images: np.ndarray) ->
         get_symmetric_quantization_config,
     )
     from executorch.exir import to_edge_transform_and_lower
-    from executorch.extension.pybindings import _portable_lib
+    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -115,7 +115,7 @@ def executorch_int8(module: Any, inputs: tuple[int, ...], images: np.ndarray) ->
     exported = torch.export.export(convert_pt2e(prepared), example)
     program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
     buffer = program.to_executorch().buffer
-    _portable_lib._unsafe_reset_threadpool(1)
+    portable_lib._unsafe_reset_threadpool(1)
     loaded = Runtime.get().load_program(buffer)
     method = loaded.load_method("forward")
 
