@@ -7,6 +7,9 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +55,20 @@ class Results:
 
     def __contains__(self, key: str) -> bool:
         return key in self.document["entries"]
+
+    def run(self, names: Iterable[str], run_one: Callable[[str, Path], dict[str, Any]]) -> None:
+        """Add what is missing; a network that fails gets an entry with its error."""
+        for name in names:
+            if name in self:
+                continue
+            print(f"== {name}", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    entry = run_one(name, Path(folder))
+                except Exception as error:
+                    traceback.print_exc()
+                    entry = {"error": str(error)}
+            self.add(name, entry)
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
         """Store one entry and write the file."""

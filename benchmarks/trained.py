@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import tempfile
 import time
-import traceback
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -177,16 +175,7 @@ def main() -> None:
         "search_seconds": arguments.time,
     }
     results = Results("trained", settings, arguments.results)
-    for name in arguments.only:
-        if name in results:
-            continue
-        print(f"== {name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                results.add(name, run_one(name, arguments, Path(folder)))
-            except Exception as error:
-                traceback.print_exc()
-                results.add(name, {"error": str(error)})
+    results.run(arguments.only, lambda name, folder: run_one(name, arguments, folder))
     console = Console(width=150)
     for name, entry in results.document["entries"].items():
         print_table(name, entry, console)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -220,18 +218,12 @@ def main() -> None:
     logging.disable(logging.WARNING)
     settings = {"seconds": arguments.seconds, "samples": arguments.samples, "threads": 1}
     results = Results("zoo", settings, arguments.results)
+    results.run(
+        arguments.only,
+        lambda name, folder: run_one(name, arguments.seconds, arguments.samples, folder),
+    )
     for name in arguments.only:
-        if name in results:
-            continue
-        print(f"== {name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                entry = run_one(name, arguments.seconds, arguments.samples, Path(folder))
-            except Exception as error:
-                traceback.print_exc()
-                entry = {"error": str(error)}
-        results.add(name, entry)
-        print(summary(name, entry), flush=True)
+        print(summary(name, results.document["entries"][name]))
 
 
 def summary(name: str, entry: dict[str, Any]) -> str:

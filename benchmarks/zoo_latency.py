@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +173,8 @@ def main() -> None:
     }
     default = "zoo_throughput" if arguments.throughput else "zoo_latency"
     results = Results(arguments.name or default, settings, arguments.results)
-    for name in arguments.only or (THROUGHPUT if arguments.throughput else TORCHVISION):
-        if name in results:
-            continue
-        print(f"== {name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                entry = run_one(name, arguments, Path(folder))
-            except Exception as error:
-                traceback.print_exc()
-                entry = {"error": str(error)}
-        results.add(name, entry)
+    names = arguments.only or (THROUGHPUT if arguments.throughput else TORCHVISION)
+    results.run(names, lambda name, folder: run_one(name, arguments, folder))
     summary(results.document["entries"], Console(width=200))
 
 

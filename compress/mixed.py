@@ -147,7 +147,7 @@ class _Search:
         screening: Screening,
         placement: Placement,
     ) -> None:
-        self.lowered, self.narrow, self.screening = lowered, narrow, screening
+        self.lowered, self.screening = lowered, screening
         self.target = wide.target
         self.placement = placement
         count = len(placement.regions)

@@ -99,9 +99,8 @@ class Screening:
         for variant in variants:
             self.variants[variant.name] = variant
             try:
-                if isinstance(variant.target, Isolated):
-                    self.trials.survives(variant.target, variant.model, self.workload.inputs)
-                self.engines[variant.name] = variant.target.build(variant.model)
+                if variant.name not in self.engines:
+                    self.engines[variant.name] = self._build(variant)
                 calls[variant.name] = self._call(variant)
                 calls[variant.name]()
             except EngineError as error:
@@ -154,6 +153,11 @@ class Screening:
             }
             for name, variant in self.variants.items()
         ]
+
+    def _build(self, variant: Variant) -> Engine:
+        if isinstance(variant.target, Isolated):
+            self.trials.survives(variant.target, variant.model, self.workload.inputs)
+        return variant.target.build(variant.model)
 
     def _call(self, variant: Variant) -> Any:
         return self.workload.call(self.engines[variant.name], variant.target)
