@@ -204,8 +204,8 @@ def inspect(
 @_command(
     "bench",
     "compress bench model.onnx",
-    "compress bench model.onnx model-cpu-int8 --threads 1",
-    "compress bench model-cpu-int8 model-cpu-int8   # how far two equal things seem apart",
+    "compress bench model.onnx model-cpu --threads 1",
+    "compress bench model-cpu model-cpu   # how far two equal things seem apart",
 )
 def bench(
     first: options.Built,
@@ -236,8 +236,8 @@ def bench(
 
 @_command(
     "compare",
-    "compress compare model.onnx model-cpu-int8",
-    "compress compare model.onnx model-cpu-int8 --eval test.npz --threads 1",
+    "compress compare model.onnx model-cpu",
+    "compress compare model.onnx model-cpu --eval test.npz --threads 1",
 )
 def compare(
     first: options.Built,

@@ -44,7 +44,10 @@ class DepthwiseForm:
     def apply(self, model: Model, context: Context) -> Model:
         """Rewrite every such operator on a rank-4 tensor whose channels are known."""
         graph = model.graph_model.graph
-        candidates = [n for n in graph if n.op_type in ("BatchNormalization", "AveragePool")]
+        kinds = {"BatchNormalization", "AveragePool"}
+        if context.target.capabilities.pattern("BatchNormalization") is not None:
+            kinds.remove("BatchNormalization")
+        candidates = [node for node in graph if node.op_type in kinds]
         expected = {}
         if candidates:
             expected = run(reference_session(model.graph_model), model.example())

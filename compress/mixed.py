@@ -202,9 +202,9 @@ class _Search:
             variants.append(Variant(name, self.target, model, "mixed", kept))
         if not variants:
             return False
-        uniform = self.screening.variants[self.best_name]
+        leader = self.screening.variants[self.best_name]
         # Timed again beside the new ones, so that a slow second of the machine hurts all alike.
-        self.screening.time([uniform, *variants])
+        self.screening.time([leader, *variants])
         before = self.best_name
         fastest = self.screening.fastest([before, *(v.name for v in variants)])
         gained = self.screening.speed(fastest) > (1 + GAIN) * self.screening.speed(before)
@@ -212,6 +212,8 @@ class _Search:
             if variant.name != fastest or not gained:
                 self.screening.forget(variant.name)
         if gained:
+            if leader.precision == "mixed":
+                self.screening.forget(before)
             self.best = next(list(a) for a, name in self.names.items() if name == fastest)
         return gained
 

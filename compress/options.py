@@ -91,7 +91,7 @@ MinSpeedup = Annotated[
 ]
 Directory = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Artifact directory.  [default: NAME-TARGET-int8]"),
+    typer.Option(metavar="DIR", help="Artifact directory.  [default: NAME-TARGET]"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")]
 RecipeFile = Annotated[

@@ -47,7 +47,7 @@ from compress.report import Report
 from compress.search import DEFAULT_SECONDS, search
 from compress.target import Engine, Target, runtimes
 from compress.variants import settings as settings_of
-from compress.workload import Workload, make_workload
+from compress.workload import Workload, check_workload, make_workload
 
 PACKAGES = (
     "hwcompress",
@@ -159,7 +159,8 @@ def run(
             inputs=tuple(settings.inputs),
             trust_pickle=trust_pickle,
         )
-    directory = Path(out) if out is not None else Path(f"{original.name}-{destination.name}-int8")
+    directory = Path(out) if out is not None else Path(f"{original.name}-{destination.name}")
+    check_workload(original, batch=settings.batch, objective=settings.objective)
     artifact.check_output(directory, overwrite)
     for step in passes:
         for one in runtimes(destination):

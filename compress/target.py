@@ -21,6 +21,7 @@ Role = Literal[
     "unary",
     "pool",
     "concat",
+    "join",
     "same_scale",
     "integer",
     "transparent",
@@ -34,6 +35,7 @@ elementwise  two activations in, one out (Add, Mul); int8 kernel with three scal
 unary        one activation in, one out, own output scale (Sigmoid, LeakyRelu)
 pool         as unary, but an average: the output scale is its own
 concat       all inputs and the output share one scale
+join         the same, and the runtime carries the scale through: no Q/DQ behind it
 same_scale   moves values without changing them, fused between DQ and Q by the runtime
 integer      the same, but the runtime does not fuse it: it is emitted on the integer tensor
 transparent  the same, and the runtime carries the scale through by itself: no Q/DQ behind it

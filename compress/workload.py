@@ -57,10 +57,8 @@ class Workload:
         return {"batch": self.batch, "objective": self.objective, "requests": self.requests}
 
 
-def make_workload(
-    model: Model, data: Data | None, *, batch: int, objective: str, threads: int
-) -> Workload:
-    """Real samples where there are some, else random ones.
+def check_workload(model: Model, *, batch: int, objective: str) -> None:
+    """Refuse what cannot be timed, before any work.
 
     Raises:
         UsageError: the objective does not exist, or the batch does not fit the model.
@@ -76,6 +74,17 @@ def make_workload(
             f"The model has a fixed batch ({shapes}), so --batch {batch} does not fit. Leave "
             f"--batch out, or export the model with a dynamic batch."
         )
+
+
+def make_workload(
+    model: Model, data: Data | None, *, batch: int, objective: str, threads: int
+) -> Workload:
+    """Real samples where there are some, else random ones.
+
+    Raises:
+        UsageError: as `check_workload`.
+    """
+    check_workload(model, batch=batch, objective=objective)
     kind: Objective = "throughput" if objective == "throughput" else "latency"
     requests = 1 if kind == "latency" else 2 * threads
     inputs = _samples(model, data, batch)

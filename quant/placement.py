@@ -15,6 +15,7 @@ from compress.graph import weight_input
 from compress.target import Capabilities, FusablePattern, Role
 
 MOVES: frozenset[Role] = frozenset({"same_scale", "integer", "transparent"})
+CONCATS: frozenset[Role] = frozenset({"concat", "join"})
 GATES = ("HardSwish", "HardSigmoid")
 """Written on the integer grid by the emitter, which fixes the scale of their input."""
 
@@ -138,7 +139,7 @@ class _Placer:
         if source is None or producer is None or source.name not in self.resident:
             return "its input is float"
         role = self.roles.get(producer.name or "")
-        if role in MOVES or role in ("concat", "activation") or not single_use(source):
+        if role in MOVES | CONCATS or role == "activation" or not single_use(source):
             return "its input has other users, so it cannot be absorbed by the producer"
         if node.op_type == "Clip":
             low, high = clip_bounds(node)
@@ -222,7 +223,7 @@ class _Placer:
                 self.join(out)
             elif pattern.role in MOVES:
                 self.join(out, *activations)
-            elif pattern.role == "concat":
+            elif pattern.role in CONCATS:
                 self.join(out, *self.alike(activations))
             else:
                 self.join(out)
@@ -279,7 +280,7 @@ class _Placer:
             return node.op_type == "Relu" or (clip_bounds(node)[0] or 0) >= 0
         if role in MOVES or node.op_type == "MaxPool":
             return node.inputs[0] is not None and self.non_negative(node.inputs[0])
-        if role == "concat":
+        if role in CONCATS:
             return all(v is not None and self.non_negative(v) for v in node.inputs)
         return node.op_type in ("Sigmoid", "HardSigmoid")
 

@@ -28,6 +28,7 @@ PATTERNS = (
     FusablePattern("MatMul", "matmul", _LPT, float_output=True, symmetric=True),
     FusablePattern("Add", "elementwise", _POST),
     FusablePattern("Mul", "elementwise", _POST, float_operand=True),
+    FusablePattern("BatchNormalization", "unary", _POST),
     FusablePattern("Sigmoid", "epilogue", _POST),
     FusablePattern("HardSwish", "epilogue", _POST),
     # Runs as a float kernel of its own; listed so that the gate it makes is not quantized.
@@ -38,7 +39,7 @@ PATTERNS = (
     FusablePattern("Gelu", "epilogue", _POST),
     FusablePattern("AveragePool", "pool", _LPT),
     FusablePattern("GlobalAveragePool", "pool", _LPT),
-    FusablePattern("Concat", "concat", _LPT),
+    FusablePattern("Concat", "join", _LPT),
     FusablePattern("MaxPool", "transparent", _LPT),
     FusablePattern("Reshape", "transparent", _LPT),
     FusablePattern("Flatten", "transparent", _LPT),
