@@ -110,6 +110,8 @@ def default_passes(**quantize: Any) -> tuple[Pass, ...]:
         "fold_batchnorm",
         "pool_spatial_mean",
         "depthwise_form",
+        "channels_first",
+        "shuffle_in_convolution",
         "linear_as_gemm",
     )
     return (*(create_pass(name) for name in free), create_pass("quantize", **quantize))

@@ -81,6 +81,8 @@ class Capabilities:
         reduced_weights: weights use 7 of 8 bits, so that int16 accumulation cannot saturate.
         per_channel: weights may have one scale per output channel.
         linear: what a linear layer on inputs of rank 3 and more is fastest as.
+        costly_moves: moving activations (transpose, channel shuffle) takes longer than additional
+            multiply-accumulates that avoid it.
         int8_dot_product: the machine has an int8 dot-product instruction.
         patterns: operators that run in int8.
         notes: sentences for the user before work starts.
@@ -94,6 +96,7 @@ class Capabilities:
     reduced_weights: bool = False
     per_channel: bool = True
     linear: Literal["Gemm", "MatMul"] = "MatMul"
+    costly_moves: bool = False
     int8_dot_product: bool = True
     patterns: tuple[FusablePattern, ...] = ()
     notes: tuple[str, ...] = ()

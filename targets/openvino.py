@@ -151,6 +151,7 @@ def openvino_capabilities(machine: Machine, max_isa: str = "") -> Capabilities:
         precisions=("float32", *wide, "int8"),
         activation="uint8",
         reduced_weights=machine.is_x86 and not fast,
+        costly_moves=True,
         int8_dot_product=fast,
         patterns=PATTERNS,
         notes=int8_notes(machine, fast),

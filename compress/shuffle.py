@@ -1,0 +1,165 @@
+"""Channel shuffle inside convolutions, which are cheaper in int8 than moving bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.convenience as convenience
+
+from compress.model import Model, Step
+from compress.passes import Context
+from compress.reference import reference_session, run
+from compress.rewrites import (
+    check_equal,
+    constant_array,
+    remove_unused,
+    replace_constant,
+)
+from compress.target import Target
+
+
+@dataclass(frozen=True)
+class ShuffleInConvolution:
+    """Write a channel shuffle (ShuffleNet, arXiv 1707.01083) as the convolutions behind it.
+
+    A shuffle, with or without the split behind it, selects channels: y = x[:, order]. A
+    convolution that reads y can read x instead, with its weights at the selected channels and
+    zeros elsewhere. What else reads y gets a 1x1 convolution with one 1 for each output channel;
+    int8 represents it exactly. Moves between memory layouts disappear, products are added: only
+    for targets where that is the faster way.
+    """
+
+    name: ClassVar[str] = "shuffle_in_convolution"
+    stage: ClassVar[Literal["onnx"]] = "onnx"
+
+    def check(self, model: Model, target: Target) -> None:
+        """Applies to every model."""
+
+    def apply(self, model: Model, context: Context) -> Model:
+        """Rewrite every shuffle of channels on a rank-4 tensor."""
+        graph = model.graph_model.graph
+        wanted = context.target.capabilities.costly_moves
+        found = [shuffle for node in graph if wanted and (shuffle := _shuffle(node)) is not None]
+        expected = {}
+        if found:
+            expected = run(reference_session(model.graph_model), model.example())
+        for source, shuffled, order in found:
+            _select(graph, source, shuffled, order)
+        remove_unused(model.graph_model)
+        details = {"rewritten": len(found), **check_equal(model, expected)}
+        return model.evolve(model.graph_model, Step(self.name, {}, details))
+
+
+def _shuffle(node: ir.Node) -> tuple[ir.Value, ir.Value, np.ndarray] | None:
+    """Source, result and order of channels of Reshape, Transpose, Reshape; None if it is none."""
+    if node.op_type != "Transpose":
+        return None
+    inner, turned = node.inputs[0], node.outputs[0]
+    before = inner.producer() if inner is not None else None
+    after = next((use.node for use in turned.uses()), None)
+    if inner is None or before is None or after is None or len(turned.uses()) > 1:
+        return None
+    if before.op_type != "Reshape" or after.op_type != "Reshape" or inner.shape is None:
+        return None
+    source, result = before.inputs[0], after.outputs[0]
+    if source is None or source.shape is None or source.dtype != ir.DataType.FLOAT:
+        return None
+    channels, sizes = source.shape[1], inner.shape[1:3]
+    if tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1, 3, 4) or len(source.shape) != 4:
+        return None
+    if not isinstance(channels, int) or not all(isinstance(size, int) for size in sizes):
+        return None
+    if source.shape != result.shape or math.prod(map(int, sizes)) != channels:
+        return None
+    return source, result, np.arange(channels).reshape(*map(int, sizes)).T.reshape(-1)
+
+
+def _select(graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.ndarray) -> None:
+    """Let every reader of selected = source[:, order] read the source."""
+    rest = selected.is_graph_output()
+    for use in list(selected.uses()):
+        node = use.node
+        if node.op_type == "Split" and (parts := _parts(node, order)) is not None:
+            for out, part in zip(node.outputs, parts, strict=True):
+                _select(graph, source, out, part)
+        elif node.op_type == "Conv" and use.idx == 0 and constant_array(node.inputs[1]) is not None:
+            if node.attributes.get_int("group", 1) == 1:
+                _read(graph, node, source, order)
+            elif _permutes(node, order):
+                _push(graph, node, source, order)
+            else:
+                rest = True
+        else:
+            rest = True
+    if rest:
+        _convolve(graph, source, selected, order)
+
+
+def _parts(split: ir.Node, order: np.ndarray) -> list[np.ndarray] | None:
+    """The channels of each output of a split of channels into equal parts."""
+    if split.attributes.get_int("axis", 0) != 1:
+        return None
+    sizes = [out.shape[1] if out.shape is not None else None for out in split.outputs]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return np.split(order, np.cumsum([int(str(size)) for size in sizes])[:-1])
+
+
+def _read(graph: ir.Graph, conv: ir.Node, source: ir.Value, order: np.ndarray) -> None:
+    """A dense convolution with its weights where the selected channels are in the source."""
+    weight = constant_array(conv.inputs[1])
+    channels = source.shape[1] if source.shape is not None else None
+    if weight is None or not isinstance(channels, int):
+        return
+    spread = np.zeros((len(weight), channels, *weight.shape[2:]), weight.dtype)
+    spread[:, order] = weight
+    conv.replace_input_with(0, source)
+    replace_constant(graph, conv, 1, spread, f"{conv.name}.weight")
+
+
+def _permutes(conv: ir.Node, order: np.ndarray) -> bool:
+    """Whether a depthwise convolution can work in the source's order: its readers take that."""
+    out = conv.outputs[0]
+    readers = [use.node for use in out.uses() if use.idx == 0]
+    return (
+        conv.attributes.get_int("group", 1) == len(order) == len(set(order))
+        and len(constant_array(conv.inputs[1])) == len(order)  # type: ignore[arg-type]
+        and not out.is_graph_output()
+        and len(readers) == len(out.uses())
+        and all(n.op_type == "Conv" and n.attributes.get_int("group", 1) == 1 for n in readers)
+    )
+
+
+def _push(graph: ir.Graph, conv: ir.Node, source: ir.Value, order: np.ndarray) -> None:
+    """Let a depthwise convolution keep the source's order, and its readers select."""
+    back = np.argsort(order)
+    conv.replace_input_with(0, source)
+    for index, kind in ((1, "weight"), (2, "bias")):
+        numbers = constant_array(conv.inputs[index]) if index < len(conv.inputs) else None
+        if numbers is not None:
+            replace_constant(graph, conv, index, numbers[back], f"{conv.name}.{kind}")
+    for use in list(conv.outputs[0].uses()):
+        _read(graph, use.node, conv.outputs[0], order)
+
+
+def _convolve(
+    graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.ndarray
+) -> None:
+    """Compute the selection as a 1x1 convolution, for readers that need it itself."""
+    producer, channels = selected.producer(), source.shape[1] if source.shape is not None else None
+    if producer is None or not isinstance(channels, int):
+        return
+    weight = np.zeros((len(order), channels, 1, 1), np.float32)
+    weight[np.arange(len(order)), order] = 1
+    name = selected.name or ""
+    conv = ir.node("Conv", [source], {"kernel_shape": [1, 1]}, name=f"{name}/selection")
+    out = conv.outputs[0]
+    out.shape, out.type = selected.shape, selected.type
+    graph.insert_after(producer, conv)
+    replace_constant(graph, conv, 1, weight, f"{conv.name}.weight")
+    convenience.replace_all_uses_with(selected, out, replace_graph_outputs=True)
+    selected.name, out.name = f"{name}/moved", name
