@@ -87,7 +87,7 @@ def rows(exported: Model, data: Data, folder: Path) -> dict[str, Row]:
     table["NNCF ONNX"] = Row(partial(nncf_onnx, source, batches), build)
     compiled = partial(openvino_engine, inputs=exported.inputs, precision="float32")
     wide = "bfloat16" if "bfloat16" in OpenVINO().capabilities.precisions else "float32"
-    table["NNCF OpenVINO"] = Row(partial(nncf_openvino, exported, batches, folder, False), compiled)
+    table["NNCF OpenVINO"] = Row(partial(nncf_openvino, exported, batches, False), compiled)
     read = partial(read_openvino, source)
     table["OpenVINO default"] = Row(read, partial(compiled, precision=wide))
     table["OpenVINO float32"] = Row(read, compiled)

@@ -43,9 +43,14 @@ def peers(
     vino = OpenVINO(threads=threads, streams=streams)
     if "bfloat16" in vino.capabilities.precisions:
         vino = dataclasses.replace(vino, precision="bfloat16")
+
+    def vino_of(model: Any) -> Build:
+        settings = CompileSettings(threads=threads, streams=streams, precision=vino.precision)
+        return lambda: (OpenVinoEngine("OpenVINO", model, exported.inputs, settings), vino)
+
     found: dict[str, Build] = {
         ORT_FLOAT: lambda: (runtime.build(exported), runtime),
-        OV_WIDE: lambda: (vino.build(exported), vino),
+        OV_WIDE: vino_of(openvino_reads(exported)),
     }
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -58,34 +63,39 @@ def peers(
             try:
                 with Trials() as trials:  # it crashes on DenseNet-121
                     trials.survives(vino, quantized, batches[0])
-                found[OV_QDQ] = lambda: (vino.build(quantized), vino)
+                found[OV_QDQ] = vino_of(openvino_reads(quantized))
             except EngineError as error:
                 errors[OV_QDQ] = _first_line(error)
         try:
-            model = nncf_openvino(exported, batches, Path(folder), transformer)
-            settings = CompileSettings(threads=threads, streams=streams, precision=vino.precision)
-
-            def build() -> tuple[Engine, Target]:
-                return OpenVinoEngine("NNCF", model, exported.inputs, settings), vino
-
-            found[OV_INT8] = build
+            found[OV_INT8] = vino_of(nncf_openvino(exported, batches, transformer))
         except Exception as error:  # as above
             errors[OV_INT8] = _first_line(error)
     return found, errors
 
 
-def nncf_openvino(exported: Model, batches: Batches, folder: Path, transformer: bool) -> Any:
-    """NNCF's defaults on OpenVINO's graph."""
-    import nncf
+def openvino_reads(model: Model) -> Any:
+    """The graph as OpenVINO reads it, without what our target adds."""
     import openvino as ov
 
-    source = folder / "float.onnx"
-    ir.save(exported.graph_model, source)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "model.onnx"
+        ir.save(model.graph_model, source)
+        core = ov.Core()
+        core.set_property({"ENABLE_MMAP": False})
+        return core.read_model(source)
+
+
+def nncf_openvino(exported: Model, batches: Batches, transformer: bool) -> Any:
+    """NNCF's defaults on OpenVINO's graph."""
+    import nncf
+
     options = {"model_type": nncf.ModelType.TRANSFORMER} if transformer else {}
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-        model = ov.Core().read_model(source)
         return nncf.quantize(
-            model, nncf.Dataset(batches), subset_size=max(1, len(batches)), **options
+            openvino_reads(exported),
+            nncf.Dataset(batches),
+            subset_size=max(1, len(batches)),
+            **options,
         )
 
 

@@ -165,7 +165,7 @@ def _convolution(graph: ir.Graph, product: ir.Node) -> ir.Node:
 
 
 def _normalization(graph: ir.Graph, norm: ir.Node, value: ir.Value) -> ir.Node:
-    """y = (x - mean(x)) / sqrt(var(x) + epsilon) gamma + beta, along axis 1."""
+    """LayerNorm along axis 1: (x - mean(x)) / sqrt(var(x) + epsilon) gamma + beta."""
     name = norm.name or ""
     made: list[ir.Node] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -68,14 +67,20 @@ def _shuffle(node: ir.Node) -> tuple[ir.Value, ir.Value, np.ndarray] | None:
     source, result = before.inputs[0], after.outputs[0]
     if source is None or source.shape is None or source.dtype != ir.DataType.FLOAT:
         return None
-    channels, sizes = source.shape[1], inner.shape[1:3]
-    if tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1, 3, 4) or len(source.shape) != 4:
+    rank = (len(source.shape), len(inner.shape))
+    if rank != (4, 5) or tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1, 3, 4):
         return None
-    if not isinstance(channels, int) or not all(isinstance(size, int) for size in sizes):
+    channels = _size(source, 1)
+    groups, width = _size(inner, 1), _size(inner, 2)
+    if channels != groups * width or channels == 0 or source.shape != result.shape:
         return None
-    if source.shape != result.shape or math.prod(map(int, sizes)) != channels:
-        return None
-    return source, result, np.arange(channels).reshape(*map(int, sizes)).T.reshape(-1)
+    return source, result, np.arange(channels).reshape(groups, width).T.reshape(-1)
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    """Elements along an axis; 0 where that is not known."""
+    size = value.shape[axis] if value.shape is not None else None
+    return size if isinstance(size, int) else 0
 
 
 def _select(graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.ndarray) -> None:
@@ -86,13 +91,10 @@ def _select(graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.nda
         if node.op_type == "Split" and (parts := _parts(node, order)) is not None:
             for out, part in zip(node.outputs, parts, strict=True):
                 _select(graph, source, out, part)
-        elif node.op_type == "Conv" and use.idx == 0 and constant_array(node.inputs[1]) is not None:
-            if node.attributes.get_int("group", 1) == 1:
-                _read(graph, node, source, order)
-            elif _permutes(node, order):
-                _push(graph, node, source, order)
-            else:
-                rest = True
+        elif use.idx == 0 and _is_dense(node):
+            _read(graph, node, source, order)
+        elif use.idx == 0 and len(order) == _size(source, 1) and _permutes(node, order):
+            _push(graph, node, source, order)
         else:
             rest = True
     if rest:
@@ -100,22 +102,23 @@ def _select(graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.nda
 
 
 def _parts(split: ir.Node, order: np.ndarray) -> list[np.ndarray] | None:
-    """The channels of each output of a split of channels into equal parts."""
+    """The channels of each output of a split of channels."""
     if split.attributes.get_int("axis", 0) != 1:
         return None
-    sizes = [out.shape[1] if out.shape is not None else None for out in split.outputs]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    return np.split(order, np.cumsum([int(str(size)) for size in sizes])[:-1])
+    sizes = [_size(out, 1) for out in split.outputs]
+    return np.split(order, np.cumsum(sizes)[:-1]) if sum(sizes) == len(order) else None
+
+
+def _is_dense(node: ir.Node) -> bool:
+    """Whether every output channel of a convolution reads every input channel."""
+    constant = node.op_type == "Conv" and constant_array(node.inputs[1]) is not None
+    return constant and node.attributes.get_int("group", 1) == 1
 
 
 def _read(graph: ir.Graph, conv: ir.Node, source: ir.Value, order: np.ndarray) -> None:
     """A dense convolution with its weights where the selected channels are in the source."""
-    weight = constant_array(conv.inputs[1])
-    channels = source.shape[1] if source.shape is not None else None
-    if weight is None or not isinstance(channels, int):
-        return
-    spread = np.zeros((len(weight), channels, *weight.shape[2:]), weight.dtype)
+    weight = np.asarray(constant_array(conv.inputs[1]))
+    spread = np.zeros((len(weight), _size(source, 1), *weight.shape[2:]), weight.dtype)
     spread[:, order] = weight
     conv.replace_input_with(0, source)
     replace_constant(graph, conv, 1, spread, f"{conv.name}.weight")
@@ -123,14 +126,15 @@ def _read(graph: ir.Graph, conv: ir.Node, source: ir.Value, order: np.ndarray) -
 
 def _permutes(conv: ir.Node, order: np.ndarray) -> bool:
     """Whether a depthwise convolution can work in the source's order: its readers take that."""
+    weight = constant_array(conv.inputs[1]) if conv.op_type == "Conv" else None
     out = conv.outputs[0]
     readers = [use.node for use in out.uses() if use.idx == 0]
     return (
-        conv.attributes.get_int("group", 1) == len(order) == len(set(order))
-        and len(constant_array(conv.inputs[1])) == len(order)  # type: ignore[arg-type]
+        weight is not None
+        and conv.attributes.get_int("group", 1) == len(weight) == len(order) == len(set(order))
         and not out.is_graph_output()
         and len(readers) == len(out.uses())
-        and all(n.op_type == "Conv" and n.attributes.get_int("group", 1) == 1 for n in readers)
+        and all(_is_dense(reader) for reader in readers)
     )
 
 
@@ -146,14 +150,12 @@ def _push(graph: ir.Graph, conv: ir.Node, source: ir.Value, order: np.ndarray) -
         _read(graph, use.node, conv.outputs[0], order)
 
 
-def _convolve(
-    graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.ndarray
-) -> None:
+def _convolve(graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.ndarray) -> None:
     """Compute the selection as a 1x1 convolution, for readers that need it itself."""
-    producer, channels = selected.producer(), source.shape[1] if source.shape is not None else None
-    if producer is None or not isinstance(channels, int):
+    producer = selected.producer()
+    if producer is None:
         return
-    weight = np.zeros((len(order), channels, 1, 1), np.float32)
+    weight = np.zeros((len(order), _size(source, 1), 1, 1), np.float32)
     weight[np.arange(len(order)), order] = 1
     name = selected.name or ""
     conv = ir.node("Conv", [source], {"kernel_shape": [1, 1]}, name=f"{name}/selection")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -81,6 +82,7 @@ class OpenVinoEngine:
             save_onnx(graph_model, path)
             model = _read(path)
         _name_sites(model, graph_model)
+        _fuse_gates(model)
         return cls(name, model, inputs, settings)
 
     @classmethod
@@ -282,6 +284,27 @@ def _name_sites(model: Any, graph_model: ir.Model) -> None:
                 op.set_friendly_name(f"{name}/WithoutBiases")
 
 
+def _fuse_gates(model: Any) -> None:
+    """Give HardSigmoid in its usual form, relu6(x + 3) / 6, the operator that kernels fuse.
+
+    The general one, which ONNX is read as, is a slow kernel by itself.
+    """
+    for op in model.get_ops():
+        if op.get_type_name() != "HardSigmoid":
+            continue
+        slope, offset = (_scalar(op.input(index)) for index in (1, 2))
+        if abs(slope - 1 / 6) < _EXACT and abs(offset - 0.5) < _EXACT:
+            gate = ov.opset13.hsigmoid(op.input(0).get_source_output())
+            gate.set_friendly_name(op.get_friendly_name())
+            ov.utils.replace_node(op, gate)
+
+
+def _scalar(port: Any) -> float:
+    node = port.get_source_output().get_node()
+    return float(node.get_data()) if node.get_type_name() == "Constant" else math.nan
+
+
+_EXACT = 1e-6
 _MULTIPLIES = frozenset([
     "Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData",
     "MatMul",
