@@ -70,9 +70,10 @@ def _shuffle(node: ir.Node) -> tuple[ir.Value, ir.Value, np.ndarray] | None:
     rank = (len(source.shape), len(inner.shape))
     if rank != (4, 5) or tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1, 3, 4):
         return None
-    channels = _size(source, 1)
-    groups, width = _size(inner, 1), _size(inner, 2)
-    if channels != groups * width or channels == 0 or source.shape != result.shape:
+    groups, width, channels = _size(inner, 1), _size(inner, 2), _size(source, 1)
+    if channels != groups * width or channels == 0 or result.shape is None:
+        return None
+    if source.shape[1:] != result.shape[1:] or source.shape[2:] != inner.shape[3:]:
         return None
     return source, result, np.arange(channels).reshape(groups, width).T.reshape(-1)
 

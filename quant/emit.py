@@ -54,10 +54,8 @@ class _Emitter:
         if role == "integer":
             self.on_integers(node)
             return
-        if role == "transparent" or (role == "join" and self.alike(node)):
+        if role in ("transparent", "join"):
             self.carry(node)
-            return
-        if role == "join" and _only_scaled(node.outputs[0]):
             return
         if node.op_type in GATES and role == "unary":
             self.gate(node)
@@ -114,21 +112,6 @@ class _Emitter:
         for out in node.outputs:
             self.integers[out.name or ""] = q
             self.scales[out.name or ""] = self.scales[source.name or ""]
-
-    def alike(self, node: ir.Node) -> bool:
-        """Whether all inputs are readings of integers with one scale and zero point."""
-        names = [value.name or "" for value in node.inputs if value is not None]
-        if not all(name in self.integers for name in names):
-            return False
-        origins = (self.origin.get(self.integers[name].name or "", "") for name in names)
-        found = [self.plan.activations.get(origin) for origin in origins]
-        first = found[0]
-        return first is not None and all(
-            params is not None
-            and params.scale == first.scale
-            and params.zero_point == first.zero_point
-            for params in found
-        )
 
     def absorb(self, node: ir.Node) -> None:
         """Let the producer write the activation's output; quantization saturates for it."""
@@ -344,12 +327,6 @@ class _Emitter:
     def drop_if_unused(self, value: ir.Value) -> None:
         if not value.uses():
             self.graph.initializers.pop(value.name or "", None)
-
-
-def _only_scaled(value: ir.Value) -> bool:
-    """Whether every reader gives each channel a factor, in which a scale of its own disappears."""
-    readers = [use.node.op_type for use in value.uses()]
-    return set(readers) == {"BatchNormalization"} and not value.is_graph_output()
 
 
 def integer_limits(bounds: tuple[float, float], params: QParams) -> dict[str, np.ndarray] | None:

@@ -223,8 +223,10 @@ class _Placer:
                 self.join(out)
             elif pattern.role in MOVES:
                 self.join(out, *activations)
-            elif pattern.role in CONCATS:
+            elif pattern.role == "concat":
                 self.join(out, *self.alike(activations))
+            elif pattern.role == "join":
+                self.join(out, *activations)
             else:
                 self.join(out)
 

@@ -31,7 +31,6 @@ PATTERNS = (
     FusablePattern("BatchNormalization", "unary", _POST),
     FusablePattern("Sigmoid", "epilogue", _POST),
     FusablePattern("HardSwish", "epilogue", _POST),
-    # Runs as a float kernel of its own; listed so that the gate it makes is not quantized.
     FusablePattern("HardSigmoid", "epilogue", _POST),
     FusablePattern("LeakyRelu", "epilogue", _POST),
     FusablePattern("Elu", "epilogue", _POST),

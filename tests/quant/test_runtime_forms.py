@@ -107,8 +107,7 @@ FORMS = (
     behind("Gelu(c)", **FLOAT_IN_ORT),
     behind("Tanh(c)", **FLOAT_IN_ORT),
     behind("Elu(c)", **FLOAT_IN_ORT),
-    # OpenVINO computes this operator in float, with a conversion only behind it.
-    behind(f"HardSigmoid{GATE}(c)", "a z", openvino="a t* z", converts={"openvino": 1}),
+    behind(f"HardSigmoid{GATE}(c)", "a z"),
     form(
         "conv and swish",
         f"[a] c = Conv{PAD}(x, w) [s] s = Sigmoid(c) [m] d = Mul(c, s) [z] y = Conv{PAD}(d, v)",
@@ -157,7 +156,8 @@ FORMS = (
         f"""[a] c = Conv{PAD}(x, w) [r] d = Relu(c) [b] e = Conv{PAD}(d, v) [s] f = Relu(e)
         [g] g = Conv{PAD}(d, u) [h] h = Relu(g) [k] k = Concat<axis=1>(f, h)
         [z] y = Conv{PAD}(k, w)""",
-        quantized="x d f h k y",
+        # Not k: the branches share a scale, which OpenVINO carries through.
+        quantized="x d f h y",
         openvino="a b g z",
         onnxruntime="a b g k z",
         w=W,
@@ -165,11 +165,41 @@ FORMS = (
         u=(8, 16, 3, 3),
     ),
     form(
+        "concat of a rectified and a signed branch",
+        f"""[a] c = Conv{PAD}(x, w) [r] d = Relu(c) [b] e = Conv{PAD}(d, v)
+        [k] k = Concat<axis=1>(d, e) [z] y = Conv{PAD}(k, w)""",
+        # OpenVINO shares one scale; with two it would convert every branch again.
+        quantized="x d e y",
+        openvino="a b z",
+        onnxruntime="a b k z",
+        outputs="8,8,8",
+        w=(8, 16, 3, 3),
+        v=(8, 8, 3, 3),
+    ),
+    form(
+        "concat and BatchNormalization",
+        f"""[a] c = Conv{PAD}(x, w) [b] f = Conv{PAD}(c, v) [k] k = Concat<axis=1>(f, c)
+        [n] n = BatchNormalization(k, gamma, beta, mean, var) [r] r = Relu(n)
+        [z] y = Conv{PAD}(r, w)""",
+        # Neither k nor n: scale and shift happen on the way to the convolution's input.
+        quantized="x c f r y",
+        openvino="a b z",
+        onnxruntime="a b k n* z",
+        converts={"onnxruntime": 2, "openvino": 1},
+        w=(8, 16, 3, 3),
+        v=(8, 8, 3, 3),
+        gamma=(16,),
+        beta=(16,),
+        mean=(16,),
+        var=np.ones(16, np.float32),
+        outputs="8,8,8",
+    ),
+    form(
         "two halves",
         f"""[a] c = Conv{PAD}(x, w) [r] d = Relu(c) [o] l, e = Split<axis=1>(d, half)
         [b] f = Conv{PAD}(l, v) [s] g = Relu(f) [k] h = Conv{PAD}(e, v) [t] i = Relu(h)
         [m] j = Concat<axis=1>(g, i) [z] y = Conv{PAD}(j, w)""",
-        quantized="x d g i j y",
+        quantized="x d g i y",
         openvino="a b k z",
         onnxruntime="a b k m z",
         w=W,
