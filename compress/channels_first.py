@@ -28,7 +28,7 @@ Chain = tuple[ir.Node, list[ir.Node], ir.Node]
 
 @dataclass(frozen=True)
 class ChannelsFirst:
-    """Compute what lies between a transpose to channels-last and the one back in NCHW.
+    """Compute in NCHW what lies between a transpose to channels-last and the one back.
 
     A linear layer there is a 1x1 convolution, a LayerNorm over channels is written out with its
     means along axis 1, and constants get shape (C, 1, 1). A scale per channel behind the last

@@ -32,7 +32,8 @@ class DepthwiseForm:
     A BatchNorm that could not be folded (DenseNet: it follows a concat) is a 1x1 depthwise
     convolution with W = gamma / sqrt(var + eps) and b = beta - W mean. An average over k x k is
     one with W = 1 / k^2. Each channel of a 1x1 or constant kernel fits its own int8 scale
-    exactly, so quantization loses nothing in these weights.
+    exactly, so quantization loses nothing in these weights. A target that computes a scale and
+    a shift on the way to the next kernel keeps its BatchNorm.
     """
 
     name: ClassVar[str] = "depthwise_form"

@@ -23,13 +23,13 @@ from compress.target import Target
 
 @dataclass(frozen=True)
 class ShuffleInConvolution:
-    """Write a channel shuffle (ShuffleNet, arXiv 1707.01083) as the convolutions behind it.
+    """Let the convolutions behind a channel shuffle do the shuffling.
 
-    A shuffle, with or without the split behind it, selects channels: y = x[:, order]. A
-    convolution that reads y can read x instead, with its weights at the selected channels and
-    zeros elsewhere. What else reads y gets a 1x1 convolution with one 1 for each output channel;
-    int8 represents it exactly. Moves between memory layouts disappear, products are added: only
-    for targets where that is the faster way.
+    A shuffle (ShuffleNet, arXiv 1707.01083), with or without the split behind it, selects
+    channels: y = x[:, order]. A convolution that reads y can read x instead, with its weights at
+    the selected channels and zeros elsewhere. What else reads y gets a 1x1 convolution with one 1
+    for each output channel; int8 represents it exactly. Moves between memory layouts disappear,
+    products are added: only for targets where that is the faster way.
     """
 
     name: ClassVar[str] = "shuffle_in_convolution"
