@@ -4,7 +4,8 @@ Candidates are timed in short blocks that alternate within one process (A B B A 
 clock that sinks or a neighbour that wakes up then hurts all of them alike. One round holds one
 block of each; the ratio is taken within each round and its median over the rounds is reported
 with a percentile bootstrap interval (Efron & Tibshirani, An Introduction to the Bootstrap,
-1993, chapter 13) whose unit is the round: calls within a block are not independent.
+1993, chapter 13) whose unit is the round: calls within a block are not independent. A block begins
+when the threads of the one before have gone to sleep.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, process_time, sleep
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ Verdict = Literal["faster", "slower", "cannot tell"]
 BLOCK_SECONDS = 0.005
 """Shortest block: long against the resolution of the clock and the noise of a thread's wake-up."""
 MAX_BLOCK_CALLS = 1000
+QUIET_SECONDS, MAX_QUIET_SECONDS = 0.0005, 0.5
+"""How long to look whether threads still spin, and to wait at most until they do not."""
 STEADY = 0.05
 """Largest relative spread that counts as steady, for warm-up and for noise."""
 NARROW = 0.01
@@ -131,6 +134,7 @@ class _Candidate:
         return perf_counter() - start
 
     def block(self) -> None:
+        _wait_until_quiet()
         if self.calls_per_block > 1:
             self.run()  # untimed: fills the caches that the candidate before it took
         self.blocks.append(np.array([self.run() for _ in range(self.calls_per_block)]) * 1e3)
@@ -189,6 +193,20 @@ def measure(
     rounds = len(base.blocks)
     notes = _notes(timings, rounds, min_blocks, before_mhz, after_mhz)
     return Comparison(baseline, timings, ratios, rounds, perf_counter() - start, notes)
+
+
+def _wait_until_quiet() -> None:
+    """Wait until no thread of this process uses the CPU.
+
+    Runtimes let idle threads spin for a while (ONNX Runtime: some 50 ms), which would slow the
+    next candidate down and not their own.
+    """
+    end = perf_counter() + MAX_QUIET_SECONDS
+    while perf_counter() < end:
+        before = process_time()
+        sleep(QUIET_SECONDS)
+        if process_time() - before < QUIET_SECONDS / 4:
+            return
 
 
 def ratio(speedups: np.ndarray, *, margin: float = 0.0, seed: int = 0) -> Ratio:

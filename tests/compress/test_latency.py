@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from collections.abc import Callable
 from time import perf_counter
 
@@ -102,6 +103,26 @@ def test_a_failing_candidate_is_named():
     with pytest.raises(EngineError, match=r"int8 failed .* kernel not found"):
         measure({"float32": busy(0.1), "int8": broken}, seconds=0.1)
     assert gc.isenabled()
+
+
+def test_a_block_waits_for_threads_that_still_spin():
+    spinning: list[threading.Thread] = []
+    found_awake: list[bool] = []
+
+    def leaves_a_thread_spinning() -> None:
+        spinning.append(threading.Thread(target=busy(30)))
+        spinning[-1].start()
+
+    def looks() -> None:
+        found_awake.append(any(thread.is_alive() for thread in spinning))
+        busy(6)()  # so that a block is a single call
+
+    measure({"looks": looks, "spins": leaves_a_thread_spinning}, seconds=1, min_blocks=6)
+    for thread in spinning:
+        thread.join()
+    # Warm-up calls follow each other without a block.
+    assert len(found_awake) > 8
+    assert not any(found_awake[3:])
 
 
 def test_garbage_collection_is_off_while_timing_and_on_after():

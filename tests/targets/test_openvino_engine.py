@@ -285,3 +285,19 @@ def test_the_graph_stays_as_it_was(tiny: Model) -> None:
     before = ir.to_proto(graph_model).SerializeToString(deterministic=True)
     OpenVinoEngine.from_graph("x", graph_model, tiny.inputs, ONE)
     assert ir.to_proto(graph_model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "kernel"),
+    [(1 / 6, 0.5, "Subgraph"), (0.2, 0.5, "Math"), (1 / 6, 0.4, "Math")],
+)
+def test_the_usual_hard_sigmoid_is_an_operator_that_fuses(
+    onnx_model: Callable[..., Model], alpha: float, beta: float, kernel: str
+) -> None:
+    body = f"[gate] y = HardSigmoid<alpha={alpha},beta={beta}>(x)"
+    model = onnx_model(f"g (float[batch,4,5] x) => (float[batch,4,5] y) {{{body}}}")
+    inputs = {"x": np.linspace(-5, 5, 40, dtype=np.float32).reshape(2, 4, 5)}
+    engine = _engine(model)
+    assert [one.op_type for one in engine.kernels() if one.site == "gate"] == [kernel]
+    expected = run(reference_session(model.graph_model), inputs)["y"]
+    np.testing.assert_allclose(engine(inputs)["y"], expected, atol=1e-6)

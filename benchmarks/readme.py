@@ -1,0 +1,106 @@
+"""The tables of README.md from the results: `python -m benchmarks.readme` writes them in place.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; what is between is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.common import HERE
+from benchmarks.peers import ORT_FLOAT, ORT_INT8, OV_INT8, OV_QDQ, OV_WIDE
+
+EXECUTORCH = "ExecuTorch int8"
+README = HERE.parent / "README.md"
+
+
+def entries(name: str) -> dict[str, Any]:
+    """What a benchmark found."""
+    found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())["entries"]
+    return found
+
+
+def artifact(name: str) -> str:
+    """Name of a candidate without its settings."""
+    return name.partition(",")[0]
+
+
+def against_peers(name: str) -> list[list[str]]:
+    """Time of each peer over ours."""
+    columns = (ORT_FLOAT, ORT_INT8, OV_WIDE, OV_INT8, OV_QDQ)
+    rows = [["network", "artifact", *columns, "command, s"]]
+    values: dict[str, list[float]] = {column: [] for column in columns}
+    for network, entry in entries(name).items():
+        ratios = {c: r["value"] for c, r in entry["peer_over_ours"].items()}
+        cells = [f"{ratios[c]:.2f}" if c in ratios else "failed" for c in columns]
+        wall = f"{entry['wall_seconds']:.0f}"
+        rows.append([network, artifact(entry["artifact"]), *cells, wall])
+        for column in ratios:
+            values[column].append(math.log(ratios[column]))
+    means = [f"{math.exp(sum(values[c]) / len(values[c])):.2f}" for c in columns]
+    return [*rows, ["geometric mean", "", *means, ""]]
+
+
+def trained() -> list[list[str]]:
+    """Loss and time on trained networks; in brackets what the other loses, in points."""
+    columns = (ORT_FLOAT, ORT_INT8, OV_WIDE, OV_INT8, EXECUTORCH)
+    rows = [["network", "artifact", "loss, points", *columns]]
+    for network, entry in entries("trained").items():
+        losses = entry.get("drop") or entry["changed"]
+        cells = [_cell(entry["peer_over_ours"], losses, column) for column in columns]
+        ours = losses["ours"]
+        loss = f"{ours['points']:+.2f} [{ours['low']:+.2f}, {ours['high']:+.2f}]"
+        rows.append([network, artifact(entry["artifact"]), loss, *cells])
+    return rows
+
+
+def _cell(ratios: Mapping[str, Any], losses: Mapping[str, Any], column: str) -> str:
+    if column not in ratios:
+        return "-"
+    return f"{ratios[column]['value']:.2f} ({losses[column]['points']:+.2f})"
+
+
+def limited() -> list[list[str]]:
+    """What is chosen when OpenVINO may not use all instructions."""
+    rows = [["network", "all instructions", "", "AVX2", ""]]
+    full = entries("zoo_latency")
+    for network, entry in entries("zoo_latency_avx2").items():
+        row = [network]
+        for one in (full[network], entry):
+            ratio = one["peer_over_ours"][ORT_FLOAT]
+            speed = f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            row += [artifact(one["artifact"]), speed]
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is the header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def main() -> None:
+    """Replace every table in README.md."""
+    tables = {
+        "zoo_latency": against_peers("zoo_latency"),
+        "zoo_throughput": against_peers("zoo_throughput"),
+        "zoo_latency_xeon": against_peers("zoo_latency_xeon"),
+        "trained": trained(),
+        "limited": limited(),
+    }
+    text = README.read_text()
+    for name, rows in tables.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not place.search(text):
+            raise SystemExit(f"{README} has no place for the table {name}.")
+        text = place.sub(lambda found, rows=rows: found[1] + markdown(rows) + found[2], text)
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
