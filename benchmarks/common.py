@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -22,6 +23,7 @@ HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("HWCOMPRESS_SHARED", HERE.parent.parent / "shared"))
 """Folder with `models/` and `data/`; HWCOMPRESS_SHARED names another one."""
 
+VARIABLES = ("ONEDNN_MAX_CPU_ISA",)
 PACKAGES = (
     "hwcompress",
     "torch",
@@ -42,7 +44,7 @@ class Results:
         machine = this_machine()
         self.document: dict[str, Any] = {
             "benchmark": name,
-            "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+            "command": _command(),
             "settings": settings,
             "machine": {**dataclasses.asdict(machine), "fingerprint": fingerprint(machine)},
             "versions": versions(*PACKAGES),
@@ -77,6 +79,13 @@ class Results:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.document, indent=1) + "\n")
         temporary.replace(self.path)
+
+
+def _command() -> str:
+    """What was typed, with the variables that change what runs."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return shlex.join([*variables, "python", "-m", module, *sys.argv[1:]])
 
 
 def shared_module(name: str) -> ModuleType:

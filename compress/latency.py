@@ -13,10 +13,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter, process_time, sleep
+from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any, Literal
 
 import numpy as np
@@ -30,8 +32,9 @@ Verdict = Literal["faster", "slower", "cannot tell"]
 BLOCK_SECONDS = 0.005
 """Shortest block: long against the resolution of the clock and the noise of a thread's wake-up."""
 MAX_BLOCK_CALLS = 1000
-QUIET_SECONDS, MAX_QUIET_SECONDS = 0.0005, 0.5
-"""How long to look whether threads still spin, and to wait at most until they do not."""
+MAX_QUIET_SECONDS = 0.5
+"""How long to wait at most for threads that spin."""
+_TASKS = Path("/proc/self/task")
 STEADY = 0.05
 """Largest relative spread that counts as steady, for warm-up and for noise."""
 NARROW = 0.01
@@ -196,17 +199,28 @@ def measure(
 
 
 def _wait_until_quiet() -> None:
-    """Wait until no thread of this process uses the CPU.
+    """Wait until no other thread of this process runs.
 
     Runtimes let idle threads spin for a while (ONNX Runtime: some 50 ms), which would slow the
     next candidate down and not their own.
     """
     end = perf_counter() + MAX_QUIET_SECONDS
-    while perf_counter() < end:
-        before = process_time()
-        sleep(QUIET_SECONDS)
-        if process_time() - before < QUIET_SECONDS / 4:
-            return
+    while _others_run() and perf_counter() < end:
+        sleep(0.001)
+
+
+def _others_run() -> bool:
+    """Whether another thread of this process is on a CPU or wants to be; Linux alone tells."""
+    own = str(threading.get_native_id())
+    for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
+        try:
+            # "ID (NAME) STATE ..."; CPU times would only be true to a tick of the scheduler.
+            running = task.name != own and (task / "stat").read_text().rpartition(")")[2][1] == "R"
+        except (OSError, IndexError):  # it has ended
+            continue
+        if running:
+            return True
+    return False
 
 
 def ratio(speedups: np.ndarray, *, margin: float = 0.0, seed: int = 0) -> Ratio:
