@@ -175,14 +175,22 @@ def _adjust(screening: Screening) -> None:
 
 
 def _finalists(screening: Screening) -> tuple[Variant, ...]:
-    """The baseline, the fastest few, and the fastest one without int8."""
+    """The baseline, the fastest few, and the fastest one without int8.
+
+    Of each runtime and precision one, and of other settings one beside it: what settings gain is
+    often less than two sessions differ.
+    """
+    usual: dict[tuple[str, str], Target] = {}
+    for variant in screening.variants.values():
+        usual.setdefault((variant.target.name, variant.precision), variant.target)
     ranked = [n for n in screening.ratios if n != BASELINE and n in screening.engines]
     ranked.sort(key=screening.speed, reverse=True)
     chosen: list[str] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, bool]] = set()
     for name in ranked:
         variant = screening.variants[name]
-        kind = (variant.target.name, variant.precision)
+        runtime, precision = variant.target.name, variant.precision
+        kind = (runtime, precision, variant.target == usual[runtime, precision])
         worth = not chosen or screening.speed(name) > 1 + MARGIN
         if kind not in seen and worth and len(chosen) < FINALISTS:
             chosen.append(name)
