@@ -15,6 +15,7 @@ from compress.rewrites import (
     bypass,
     check_equal,
     constant_array,
+    new_constant,
     remove_unused,
     replace_constant,
     replace_node,
@@ -181,12 +182,7 @@ def _normalization(graph: ir.Graph, norm: ir.Node, value: ir.Value) -> ir.Node:
         return out
 
     def constant(suffix: str, array: np.ndarray) -> ir.Value:
-        full = f"{name}.{suffix}"
-        if full not in graph.initializers:
-            tensor = ir.Value(name=full, const_value=ir.tensor(array, name=full))
-            tensor.shape, tensor.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-            graph.register_initializer(tensor)
-        return graph.initializers[full]
+        return new_constant(graph, array, f"{name}.{suffix}")
 
     centred = step("Sub", "centred", value, mean("mean", value))
     variance = mean("variance", step("Mul", "squares", centred, centred))

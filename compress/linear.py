@@ -11,7 +11,13 @@ import onnx_ir as ir
 from compress.model import Model, Step
 from compress.passes import Context
 from compress.reference import reference_session, run
-from compress.rewrites import check_equal, constant_array, remove_unused, replace_node
+from compress.rewrites import (
+    check_equal,
+    constant_array,
+    new_constant,
+    remove_unused,
+    replace_node,
+)
 from compress.target import Target
 
 
@@ -74,10 +80,7 @@ def _rewrite(graph: ir.Graph, product: ir.Node, addition: ir.Node, bias: np.ndar
     depth = np.asarray(constant_array(weight)).shape[0]
 
     def constant(suffix: str, array: np.ndarray) -> ir.Value:
-        value = ir.Value(name=f"{name}.{suffix}", const_value=ir.tensor(array))
-        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-        graph.register_initializer(value)
-        return value
+        return new_constant(graph, array, f"{name}.{suffix}")
 
     rows = constant("rows", np.array([-1, depth], np.int64))
     flat = ir.node("Reshape", [source, rows], name=f"{name}/flatten")

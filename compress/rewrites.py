@@ -227,14 +227,19 @@ def replace_constant(
         name = old.name
         node.replace_input_with(index, None)
         graph.initializers.pop(name, None)
+    if index == len(node.inputs):
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, new_constant(graph, array, name))
+
+
+def new_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+    """A new initializer; underscores are added to a name that is taken."""
     while name in graph.initializers:
         name += "_"
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)
-    if index == len(node.inputs):
-        node.resize_inputs(index + 1)
-    node.replace_input_with(index, value)
+    return value
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:
