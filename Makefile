@@ -28,6 +28,8 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	@for name in limits zoo cifar_ptq zoo_latency trained; do \
 		echo "benchmarks/$$name.py"; $(BIN)/python -W ignore -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -W ignore -m benchmarks.zoo_latency --throughput
+	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -W ignore -m benchmarks.zoo_latency --name zoo_latency_avx2
 
 clean:
 	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -52,7 +52,8 @@ class Results:
         }
         if self.path.exists():
             before = json.loads(self.path.read_text())
-            if before["settings"] == json.loads(json.dumps(settings)):
+            same_machine = before["machine"]["fingerprint"] == fingerprint(machine)
+            if same_machine and before["settings"] == json.loads(json.dumps(settings)):
                 self.document["entries"] = before["entries"]
 
     def __contains__(self, key: str) -> bool:
@@ -108,10 +109,11 @@ def shared_module(name: str) -> ModuleType:
 def torchvision_models() -> ModuleType:
     """torchvision.models, also beside a torch build without torchvision's own operators."""
     import torch
+    from torch import library as operators
 
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+            operators.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
     import torchvision.models
 
     return torchvision.models

@@ -28,6 +28,7 @@ from targets.openvino_engine import CompileSettings, OpenVinoEngine
 Batches = list[dict[str, np.ndarray]]
 Build = Callable[[], tuple[Engine, Target]]
 ORT_FLOAT, ORT_INT8 = "ORT float32", "ORT quantize_static"
+EXECUTORCH = "ExecuTorch int8"
 OV_WIDE, OV_INT8, OV_QDQ = "OpenVINO default", "NNCF OpenVINO int8", "OpenVINO reading ORT's QDQ"
 
 

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.common import HERE
-from benchmarks.peers import ORT_FLOAT, ORT_INT8, OV_INT8, OV_QDQ, OV_WIDE
+from benchmarks.peers import EXECUTORCH, ORT_FLOAT, ORT_INT8, OV_INT8, OV_QDQ, OV_WIDE
 
-EXECUTORCH = "ExecuTorch int8"
 README = HERE.parent / "README.md"
 
 

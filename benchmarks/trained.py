@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.common import Results, shared_module
 from benchmarks.decisions import changed, decisions
-from benchmarks.peers import ORT_FLOAT, executorch_int8, peers
+from benchmarks.peers import EXECUTORCH, ORT_FLOAT, executorch_int8, peers
 from compress import pipeline
 from compress.artifact import load as load_artifact
 from compress.data import load_data
@@ -38,7 +38,7 @@ from compress.metrics import paired_drop, top1
 from compress.model import Model, TensorSpec
 from compress.sessions import measure_sessions
 
-OURS, EXECUTORCH = "ours", "ExecuTorch int8"
+OURS = "ours"
 NETWORKS = {
     "cifar10_resnet8": "0.3%",
     "cifar10_resnet20": "0.3%",

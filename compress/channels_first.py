@@ -8,17 +8,16 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from compress.model import Model, Step
+from compress.model import Model
 from compress.passes import Context
-from compress.reference import reference_session, run
 from compress.rewrites import (
+    axis_size,
     bypass,
-    check_equal,
     constant_array,
     new_constant,
-    remove_unused,
     replace_constant,
     replace_node,
+    rewrite_all,
 )
 from compress.target import Target
 
@@ -45,26 +44,24 @@ class ChannelsFirst:
 
     def apply(self, model: Model, context: Context) -> Model:
         """Rewrite every such chain."""
-        graph = model.graph_model.graph
         wanted = context.target.capabilities.costly_moves
-        chains = [c for node in graph if wanted and (c := _chain(node)) is not None]
-        expected = run(reference_session(model.graph_model), model.example()) if chains else {}
-        for chain in chains:
-            _rewrite(graph, chain)
-        remove_unused(model.graph_model)
-        details = {"rewritten": len(chains), **check_equal(model, expected)}
-        return model.evolve(model.graph_model, Step(self.name, {}, details))
+        nodes = model.graph_model.graph if wanted else ()
+        chains = [chain for node in nodes if (chain := _chain(node)) is not None]
+        return rewrite_all(model, self.name, chains, _rewrite)
 
 
 def _chain(start: ir.Node) -> Chain | None:
     """The transpose there, what can be computed in NCHW behind it, and the transpose back."""
     if not _turns(start, _TO_LAST):
         return None
+    source = start.inputs[0]
+    if source is None or source.dtype != ir.DataType.FLOAT or axis_size(source, 1) == 0:
+        return None
     nodes: list[ir.Node] = []
     value = start.outputs[0]
     while (reader := _only_reader(value)) is not None:
         if _turns(reader, _TO_FIRST):
-            return start, nodes, reader
+            return (start, nodes, reader) if nodes else None
         if not _has_form(reader, value):
             return None
         nodes.append(reader)
@@ -115,7 +112,7 @@ def _rewrite(graph: ir.Graph, chain: Chain) -> None:
     for node in nodes:
         factor = None
         if node.op_type in ("Add", "Mul"):
-            factor = _factor(node, value, (_width(value),))
+            factor = _factor(node, value, (axis_size(value, 1),))
         if factor is not None and conv is not None and conv.outputs[0] is value:
             _absorb(graph, conv, node, factor)
             continue
@@ -130,14 +127,11 @@ def _rewrite(graph: ir.Graph, chain: Chain) -> None:
         value.shape = ir.Shape([value.shape[i] for i in _TO_FIRST]) if value.shape else None
     bypass(graph, end, value)
     reader = _only_reader(value)
-    if conv is not None and conv.outputs[0] is value and reader is not None:
-        scale = _factor(reader, value, (_width(value), 1, 1)) if reader.op_type == "Mul" else None
-        if scale is not None:
-            _absorb(graph, conv, reader, scale.reshape(-1))
-
-
-def _width(value: ir.Value) -> int:
-    return int(str(value.shape[1])) if value.shape is not None else 0
+    if conv is None or conv.outputs[0] is not value or reader is None or reader.op_type != "Mul":
+        return
+    scale = _factor(reader, value, (axis_size(value, 1), 1, 1))
+    if scale is not None:
+        _absorb(graph, conv, reader, scale.reshape(-1))
 
 
 def _absorb(graph: ir.Graph, conv: ir.Node, node: ir.Node, factor: np.ndarray) -> None:

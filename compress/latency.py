@@ -201,8 +201,8 @@ def measure(
 def _wait_until_quiet() -> None:
     """Wait until no other thread of this process runs.
 
-    Runtimes let idle threads spin for a while (ONNX Runtime: some 50 ms), which would slow the
-    next candidate down and not their own.
+    Runtimes let idle threads spin for a while (ONNX Runtime: tens of milliseconds), which would
+    slow the next candidate down and not their own.
     """
     end = perf_counter() + MAX_QUIET_SECONDS
     while _others_run() and perf_counter() < end:

@@ -8,16 +8,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from compress.model import Model, Step
+from compress.model import Model
 from compress.passes import Context
-from compress.reference import reference_session, run
-from compress.rewrites import (
-    check_equal,
-    constant_array,
-    new_constant,
-    remove_unused,
-    replace_node,
-)
+from compress.rewrites import constant_array, new_constant, replace_node, rewrite_all
 from compress.target import Target
 
 
@@ -40,15 +33,10 @@ class LinearAsGemm:
 
         A target whose kernels are faster on MatMul is left alone.
         """
-        graph = model.graph_model.graph
         wanted = context.target.capabilities.linear == "Gemm"
-        pairs = [pair for node in graph if wanted and (pair := _linear(node)) is not None]
-        expected = run(reference_session(model.graph_model), model.example()) if pairs else {}
-        for product, addition, bias in pairs:
-            _rewrite(graph, product, addition, bias)
-        remove_unused(model.graph_model)
-        details = {"rewritten": len(pairs), **check_equal(model, expected)}
-        return model.evolve(model.graph_model, Step(self.name, {}, details))
+        nodes = model.graph_model.graph if wanted else ()
+        pairs = [pair for node in nodes if (pair := _linear(node)) is not None]
+        return rewrite_all(model, self.name, pairs, lambda graph, pair: _rewrite(graph, *pair))
 
 
 def _linear(product: ir.Node) -> tuple[ir.Node, ir.Node, np.ndarray] | None:

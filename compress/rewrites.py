@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from compress.passes import Context
 from compress.reference import largest_difference, largest_magnitude, reference_session, run
 from compress.target import Target
 
+Found = TypeVar("Found")
 RELATIVE_TOLERANCE = 1e-4
 """Largest difference that float32 rounding explains, relative to the largest output."""
 
@@ -183,6 +185,28 @@ def _pool(graph: ir.Graph, node: ir.Node) -> None:
         if out.shape is not None:
             pooled.shape = ir.Shape([*out.shape, 1, 1])
     replace_node(graph, node, nodes)
+
+
+def rewrite_all(
+    model: Model, name: str, found: Sequence[Found], rewrite: Callable[[ir.Graph, Found], None]
+) -> Model:
+    """Apply a rewrite to each place that was found, and check that the outputs stay equal.
+
+    Raises:
+        ExportError: they differ by more than rounding.
+    """
+    expected = run(reference_session(model.graph_model), model.example()) if found else {}
+    for one in found:
+        rewrite(model.graph_model.graph, one)
+    remove_unused(model.graph_model)
+    details = {"rewritten": len(found), **check_equal(model, expected)}
+    return model.evolve(model.graph_model, Step(name, {}, details))
+
+
+def axis_size(value: ir.Value, axis: int) -> int:
+    """Elements along an axis; 0 where that is not known."""
+    size = value.shape[axis] if value.shape is not None else None
+    return size if isinstance(size, int) else 0
 
 
 def check_equal(model: Model, expected: Arrays) -> dict[str, float]:

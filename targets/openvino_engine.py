@@ -284,6 +284,9 @@ def _name_sites(model: Any, graph_model: ir.Model) -> None:
                 op.set_friendly_name(f"{name}/WithoutBiases")
 
 
+_EXACT = 1e-6
+
+
 def _fuse_gates(model: Any) -> None:
     """Give HardSigmoid in its usual form, relu6(x + 3) / 6, the operator that kernels fuse.
 
@@ -304,7 +307,6 @@ def _scalar(port: Any) -> float:
     return float(node.get_data()) if node.get_type_name() == "Constant" else math.nan
 
 
-_EXACT = 1e-6
 _MULTIPLIES = frozenset([
     "Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData",
     "MatMul",

@@ -274,6 +274,9 @@ def test_other_chains(onnx_model: Build, middle: str) -> None:
             id="other-axes",
         ),
         pytest.param(
+            "t = Transpose<perm=[0,2,3,1]>(x) y = Transpose<perm=[0,3,1,2]>(t)", id="empty"
+        ),
+        pytest.param(
             """t = Transpose<perm=[0,2,3,1]>(x) m = LayerNormalization<axis=-1>(t, gamma)
             n = Add(m, t) y = Transpose<perm=[0,3,1,2]>(n)""",
             id="residual-inside",
@@ -293,3 +296,12 @@ def test_targets_that_move_cheaply_keep_the_graph(onnx_model: Build, step: Pass)
         count = operators(model)
         after = step.apply(model, Context(target=OnnxRuntime(threads=1), original=model))
         assert operators(after) == count
+
+
+def test_unknown_shapes_and_other_types_stay(onnx_model: Build) -> None:
+    chain = "t = Transpose<perm=[0,2,3,1]>(c) m = Relu(t) n = Transpose<perm=[0,3,1,2]>(m)"
+    half = block(onnx_model, f"c = Cast<to=10>(x) {chain} y = Cast<to=1>(n)")
+    text = f"g (float[batch,8,9,7] x) => (float[batch,8,9,7] y) {{c = Abs(x) {chain} y = Abs(n)}}"
+    for model in (half, onnx_model(text, infer=False)):
+        after = ChannelsFirst().apply(model, Context(target=TARGET, original=model))
+        assert after.history[-1].details["rewritten"] == 0
