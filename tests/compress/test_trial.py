@@ -97,9 +97,13 @@ def identity(trials: Trials, acme: Any, model: Model, tmp_path: Path) -> tuple[i
 
 
 def running(pid: int) -> bool:
-    """Whether a process lives; one that only waits to be reaped does not."""
+    """Whether a process lives; one that only waits to be reaped does not.
+
+    The first thread is a zombie while others still end, and cannot be waited for until then.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
     except (FileNotFoundError, ProcessLookupError):
         return False
 
