@@ -8,6 +8,9 @@ the result does not depend on how the data were cut into updates or in which ord
 `find_range` turns an observer into the range to quantize. Exact zeros are left out of its
 decisions: 0 has an integer of its own, so they cost no error, and after a ReLU they would
 outweigh everything else.
+
+The moving average of the range is the exception: it depends on the order and on the size of the
+updates, each of which counts as one batch.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from quant.quantizer import BLOCK_ELEMENTS
 from quant.ranges import Histogram, entropy_range, mse_range, percentile_range
 from quant.spec import QuantSpec
 
-RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average"]
 
 SMALLEST_EXPONENT = -126
 """Of a bin's width: the inverse of 2**-126 is still a float32."""
@@ -31,15 +34,21 @@ SMALLEST_EXPONENT = -126
 MANTISSA_BITS = 24
 """A bin narrower than the spacing of float32 at the largest value tells nothing more."""
 
+MOMENTUM = 0.9
+"""Of the moving averages: what remains of the old average after another batch."""
+
 
 class HistogramObserver:
     """Range, count and histogram of one tensor.
 
     Attributes:
         name: the tensor, for messages.
-        bins: most bins to keep; 0 keeps only range and count, which is all that min-max needs.
+        bins: most bins to keep; 0 keeps only ranges and count, which is all that min-max and
+            the moving average need.
         low: smallest value so far, `inf` before the first.
         high: largest value so far, `-inf` before the first.
+        average_low: moving average of the batches' smallest values, `inf` before the first.
+        average_high: moving average of the batches' largest values, `-inf` before the first.
         count: values seen.
         zeros: how many of them were exactly 0 (not counted where `bins` is 0).
         exponent: a bin is 2**exponent wide.
@@ -57,6 +66,8 @@ class HistogramObserver:
         self.bins = bins
         self.low = math.inf
         self.high = -math.inf
+        self.average_low = math.inf
+        self.average_high = -math.inf
         self.count = 0
         self.zeros = 0
         self.exponent = SMALLEST_EXPONENT
@@ -64,7 +75,7 @@ class HistogramObserver:
         self.counts = np.zeros(0, np.int64)
 
     def update(self, x: np.ndarray) -> None:
-        """Take in every value of `x`, any shape.
+        """Take in every value of `x`, any shape: one batch for the moving averages.
 
         Raises:
             DataError: a value is NaN or infinite.
@@ -81,12 +92,16 @@ class HistogramObserver:
                 "model that overflows in float32 cannot be calibrated."
             )
         self._widen(low, high)
+        self._average(low, high)
         self.count += flat.size
         if self.bins:
             self._count(flat)
 
     def merge(self, other: HistogramObserver) -> None:
         """Take in all that `other` has seen, as if its data had come here.
+
+        Of the moving averages the wider one is kept on either side: a group of tensors has no
+        common order of batches.
 
         Raises:
             UsageError: the two have a different number of bins.
@@ -99,6 +114,8 @@ class HistogramObserver:
         if other.count == 0:
             return
         self._widen(other.low, other.high)
+        self.average_low = min(self.average_low, other.average_low)
+        self.average_high = max(self.average_high, other.average_high)
         self.count += other.count
         self.zeros += other.zeros
         self._add(other.exponent, other.first, other.counts)
@@ -134,6 +151,14 @@ class HistogramObserver:
         if self.zeros:
             counts[-self.first] -= self.zeros
         return 2.0**self.exponent, self.first, counts
+
+    def _average(self, low: float, high: float) -> None:
+        """Move the averages towards another batch's range; the first batch sets them."""
+        if self.count == 0:
+            self.average_low, self.average_high = low, high
+            return
+        self.average_low += (1 - MOMENTUM) * (low - self.average_low)
+        self.average_high += (1 - MOMENTUM) * (high - self.average_high)
 
     def _widen(self, low: float, high: float) -> None:
         """Make the range hold [low, high] and the bins cover it."""
@@ -197,7 +222,10 @@ def find_range(
       negative ones above the lower end; for a symmetric spec, of the magnitudes.
     - `mse`: the smallest expected squared error of quantization and clipping together.
     - `entropy`: the smallest Kullback-Leibler divergence of the quantized from the clipped
-      distribution (Migacz, 8-bit inference with TensorRT, GTC 2017).
+      distribution (Migacz, 8-bit inference with TensorRT, GTC 2017); for a float format the same
+      as `mse`.
+    - `moving_average`: the moving averages of the batches' ends (Jacob et al., arXiv
+      1712.05877, section 3.1), in which a single outlier is forgotten.
 
     Args:
         observer: has seen the calibration data.
@@ -222,6 +250,9 @@ def find_range(
     low, high = min(observer.low, 0.0), max(observer.high, 0.0)
     if method == "minmax" or observer.count == observer.zeros:
         return low, high
+    if method == "moving_average":
+        found = min(observer.average_low, 0.0), max(observer.average_high, 0.0)
+        return found if found[1] > found[0] else (low, high)
     if not observer.bins:
         raise UsageError(
             f"The observer of {observer.name!r} keeps only the range, and {method} needs a "

@@ -14,8 +14,8 @@ import math
 
 import numpy as np
 
-from quant.quantizer import scale_and_zero_point
-from quant.spec import QuantSpec
+from quant.quantizer import round_to_format, scale_and_zero_point
+from quant.spec import FloatFormat, QuantSpec
 
 FINALISTS = 32
 """Ranges whose squared error is computed bin by bin after the quick estimate of all."""
@@ -116,10 +116,15 @@ def mse_range(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
     An estimate over a grid of both ends finds the finalists, and the quantizer itself decides
     among them: the estimate takes rounding errors as uniform, which is wrong for values that
     gather in one place, as at the 6 of ReLU6 or the minimum of hardswish. Symmetric specs move
-    both ends together.
+    both ends together. The errors of a float format are not uniform anywhere, so that the
+    quantizer decides among all ranges; where they are equal the widest wins.
     """
     if spec.symmetric:
         low, high = _symmetric_candidates(histogram)
+        if not spec.integer:
+            errors = _measured_error(histogram, low, high, spec)
+            widest = len(errors) - 1 - int(np.argmin(errors[::-1]))
+            return float(low[widest]), float(high[widest])
         estimate = _estimated_error(histogram, low, high, spec)
     else:
         lows, highs = _lower_candidates(histogram), _upper_candidates(histogram)
@@ -167,7 +172,12 @@ def _measured_error(
     weights = np.tile(histogram.counts[occupied] / 4, 4)
     errors = []
     for scale, zero_point in zip(*scale_and_zero_point(lows, highs, spec), strict=True):
-        levels = np.clip(np.rint(points / scale), spec.qmin - zero_point, spec.qmax - zero_point)
+        if isinstance(spec.format, FloatFormat):
+            levels = (points / scale).astype(np.float32)
+            round_to_format(levels, spec.format)
+        else:
+            levels = np.rint(points / scale)
+            np.clip(levels, spec.qmin - zero_point, spec.qmax - zero_point, out=levels)
         errors.append(float(weights @ (points - levels * scale) ** 2))
     return errors
 
@@ -177,7 +187,11 @@ def entropy_range(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
 
     After Migacz, "8-bit inference with TensorRT", GTC 2017, which is symmetric; for an asymmetric
     spec the upper end is chosen first and then the lower one. `_divergence` says what differs.
+    Its distribution has bins of equal width, which the steps of a float format do not: there the
+    squared error decides, as in `mse_range`.
     """
+    if not spec.integer:
+        return mse_range(histogram, spec)
     if spec.symmetric:
         return _least_divergence(histogram, *_symmetric_candidates(histogram), spec)
     highs = _upper_candidates(histogram)

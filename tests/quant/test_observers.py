@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,13 +15,29 @@ from hypothesis.extra import numpy as hnp
 from compress.errors import DataError, UsageError
 from quant.observers import HistogramObserver, RangeMethod, find_range
 from quant.quantizer import fake_quantize, qparams_from_range
-from quant.spec import FORMATS, IntegerFormat, QuantSpec
+from quant.spec import QuantSpec
 
 METHODS = get_args(RangeMethod)
 UNSIGNED = QuantSpec("uint8", symmetric=False)
 SIGNED = QuantSpec("int8", symmetric=True)
+FOUR_BITS = [QuantSpec("int4"), QuantSpec("uint4", symmetric=False)]
+OTHERS = [
+    QuantSpec("int2"),
+    QuantSpec("int4", restricted=True),
+    QuantSpec("uint3", symmetric=False),
+    QuantSpec("int16"),
+    QuantSpec("uint8", symmetric=False, power_of_two=True),
+    QuantSpec("int4", power_of_two=True),
+    QuantSpec("float4_e2m1"),
+    QuantSpec("float8_e4m3fn"),
+    QuantSpec("float8_e5m2"),
+    QuantSpec("bfloat16"),
+]
 each_method = pytest.mark.parametrize("method", METHODS)
 each_spec = pytest.mark.parametrize("spec", [UNSIGNED, SIGNED], ids=["asymmetric", "symmetric"])
+each_other_spec = pytest.mark.parametrize(
+    "spec", OTHERS, ids=lambda s: s.dtype + "-power_of_two" * s.power_of_two
+)
 
 # Beyond a ratio of 2**126 float32 underflows while it is divided by the width of a bin.
 values = st.one_of(st.just(0.0), *(st.floats(a, b, width=32) for a, b in [(2**-40, 2**40)] * 2))
@@ -34,6 +50,11 @@ def observe(*parts: np.ndarray, bins: int = 2048) -> HistogramObserver:
     for part in parts:
         observer.update(part)
     return observer
+
+
+def without_averages(observer: HistogramObserver) -> dict[str, Any]:
+    """What does not depend on how the data are cut into batches."""
+    return {k: v for k, v in observer.to_dict().items() if not k.startswith("average")}
 
 
 def mean_squared_error(x: np.ndarray, found: tuple[float, float], spec: QuantSpec) -> float:
@@ -66,14 +87,6 @@ DATA = shapes_of_data()
 each_data = pytest.mark.parametrize("x", DATA.values(), ids=DATA.keys())
 
 
-@pytest.fixture
-def four_bits(monkeypatch: pytest.MonkeyPatch) -> list[QuantSpec]:
-    """A new format is one more line in a table."""
-    monkeypatch.setitem(FORMATS, "int4", IntegerFormat(4, True, "int8"))
-    monkeypatch.setitem(FORMATS, "uint4", IntegerFormat(4, False, "uint8"))
-    return [QuantSpec("int4"), QuantSpec("uint4", symmetric=False)]  # type: ignore[arg-type]
-
-
 @given(x=data, bins=st.integers(2, 64))
 @settings(max_examples=100, deadline=None)
 def test_bins_hold_exactly_the_values_in_them(x: np.ndarray, bins: int) -> None:
@@ -93,23 +106,23 @@ def test_any_split_and_any_merge_give_the_same_observer(
     x: np.ndarray, cuts: list[int], bins: int
 ) -> None:
     parts = np.split(x, sorted(cuts))
-    whole = observe(x, bins=bins).to_dict()
-    assert observe(*parts, bins=bins).to_dict() == whole
-    assert observe(*reversed(parts), bins=bins).to_dict() == whole
+    whole = without_averages(observe(x, bins=bins))
+    assert without_averages(observe(*parts, bins=bins)) == whole
+    assert without_averages(observe(*reversed(parts), bins=bins)) == whole
     merged = observe(bins=bins)
     for part in parts:
         merged.merge(observe(part, bins=bins))
-    assert merged.to_dict() == whole
+    assert without_averages(merged) == whole
 
 
 @given(x=data)
 @settings(max_examples=30, deadline=None)
 def test_an_observer_survives_json(x: np.ndarray) -> None:
-    observer = observe(x)
+    observer = observe(x, x / 2)
     restored = HistogramObserver.from_dict(json.loads(json.dumps(observer.to_dict())))
     assert restored.to_dict() == observer.to_dict()
     restored.update(x)
-    assert restored.count == 2 * x.size
+    assert restored.count == 3 * x.size
 
 
 @pytest.mark.parametrize("change", [{"count": 7}, {"more": 1}], ids=["count", "field"])
@@ -129,7 +142,8 @@ def test_memory_and_time_do_not_grow_with_the_data() -> None:
 
 def test_blocks_have_no_seams() -> None:
     x = np.random.default_rng(0).standard_normal(200_001).astype(np.float32)
-    assert observe(x).to_dict() == observe(*np.array_split(x, 1000)).to_dict()
+    whole = without_averages(observe(x))
+    assert without_averages(observe(*np.array_split(x, 1000))) == whole
 
 
 def test_extreme_ratios_keep_the_count() -> None:
@@ -172,7 +186,7 @@ def test_a_tensor_that_was_never_reached_is_an_error() -> None:
 
 @pytest.mark.parametrize(("method", "percentile"), [("max", 99), ("percentile", 0)], ids=str)
 def test_unknown_methods_are_refused(method: str, percentile: float) -> None:
-    with pytest.raises(UsageError, match="minmax, percentile, mse, entropy"):
+    with pytest.raises(UsageError, match="minmax, percentile, mse, entropy, moving_average"):
         find_range(observe(np.ones(3)), method, UNSIGNED, percentile)  # type: ignore[arg-type]
 
 
@@ -218,14 +232,104 @@ def test_mse_is_near_the_best_of_many_ranges(spec: QuantSpec, x: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("name", ["normal", "laplace", "relu", "outlier"])
-def test_clipping_pays_at_four_bits(name: str, four_bits: list[QuantSpec]) -> None:
+def test_clipping_pays_at_four_bits(name: str) -> None:
     x = DATA[name]
-    for spec in four_bits:
+    for spec in FOUR_BITS:
         whole = find_range(observe(x), "minmax", spec)
         for method in ("mse", "entropy"):
             found = find_range(observe(x), method, spec)  # type: ignore[arg-type]
             assert found[1] < 0.95 * whole[1]
             assert mean_squared_error(x, found, spec) < 0.9 * mean_squared_error(x, whole, spec)
+
+
+@pytest.mark.parametrize("name", ["normal", "laplace", "outlier"])
+def test_mse_clips_for_a_float_of_four_bits_and_entropy_follows_it(name: str) -> None:
+    spec = QuantSpec("float4_e2m1")
+    observer = observe(DATA[name])
+    whole, found = (find_range(observer, m, spec) for m in ("minmax", "mse"))
+    assert found[1] < 0.95 * whole[1]
+    errors = [mean_squared_error(DATA[name], ends, spec) for ends in (whole, found)]
+    assert errors[1] < 0.9 * errors[0]
+    assert find_range(observer, "entropy", spec) == found
+
+
+def test_mse_leaves_a_wide_float_its_whole_range() -> None:
+    for dtype in ("float16", "bfloat16"):
+        found = find_range(observe(DATA["outlier"]), "mse", QuantSpec(dtype))
+        assert found[1] == DATA["outlier"].max()
+
+
+@each_other_spec
+@pytest.mark.parametrize("name", ["normal", "laplace", "relu", "hardswish", "outlier"])
+def test_mse_is_near_the_best_range_for_every_format(spec: QuantSpec, name: str) -> None:
+    x = DATA[name][::5]
+    low, high = find_range(observe(x), "minmax", spec)
+    fractions = np.linspace(0.05, 1, 39)
+    ends = [(low * a, high * a) for a in fractions]
+    if not spec.symmetric and low:
+        ends += [(low * a, high * b) for a in fractions[::3] for b in fractions[::3]]
+    best = min(mean_squared_error(x, end, spec) for end in ends)
+    found = mean_squared_error(x, find_range(observe(x), "mse", spec), spec)
+    assert found <= 1.1 * best + 1e-12
+
+
+@each_method
+@each_other_spec
+@given(x=data)
+@settings(max_examples=5, deadline=None)
+def test_every_format_gets_a_range_of_anything(
+    method: RangeMethod, spec: QuantSpec, x: np.ndarray
+) -> None:
+    low, high = find_range(observe(x, bins=64), method, spec)
+    assert min(float(x.min()), 0) <= low <= 0 <= high <= max(float(x.max()), 0)
+    assert high > low or not x.any()
+
+
+batches = st.lists(data, min_size=1, max_size=6)
+
+
+@given(parts=batches)
+@settings(max_examples=50, deadline=None)
+def test_the_moving_average_follows_its_formula(parts: list[np.ndarray]) -> None:
+    low, high = float(parts[0].min()), float(parts[0].max())
+    for part in parts[1:]:
+        low = 0.9 * low + 0.1 * float(part.min())
+        high = 0.9 * high + 0.1 * float(part.max())
+    observer = observe(*parts, np.zeros((0, 3)), bins=0)
+    scale = max(abs(observer.low), abs(observer.high))
+    assert observer.average_low == pytest.approx(low, abs=1e-9 * scale)
+    assert observer.average_high == pytest.approx(high, abs=1e-9 * scale)
+    assert observer.low <= observer.average_low <= observer.average_high <= observer.high
+    found = find_range(observer, "moving_average", SIGNED)
+    if observer.average_low < 0 < observer.average_high:
+        assert found == (observer.average_low, observer.average_high)
+
+
+def test_the_moving_average_forgets_an_outlier_and_depends_on_the_order() -> None:
+    ones, outlier = [np.array([-1.0, 1.0])] * 20, np.array([-1.0, 1000.0])
+    early, late = observe(outlier, *ones), observe(*ones, outlier)
+    assert find_range(late, "moving_average", SIGNED) == pytest.approx((-1, 100.9))
+    assert find_range(early, "moving_average", SIGNED) == pytest.approx((-1, 1 + 999 * 0.9**20))
+    assert find_range(early, "minmax", SIGNED) == find_range(late, "minmax", SIGNED) == (-1, 1000)
+
+
+def test_merged_moving_averages_are_the_wider_of_both() -> None:
+    merged = observe(bins=0)
+    for part in (np.array([-3.0, 2.0]), np.array([-1.0, 5.0]), np.zeros(0)):
+        merged.merge(observe(part, bins=0))
+    assert find_range(merged, "moving_average", SIGNED) == (-3, 5)
+
+
+def test_an_observer_of_everything_does_not_grow_with_the_data() -> None:
+    observer, rng = HistogramObserver("x", 64), np.random.default_rng(0)
+    for batch in range(200):
+        observer.update(rng.standard_normal(500) * (1 + batch))
+    held = vars(observer)
+    arrays = [value for value in held.values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) <= 64 * 8
+    assert all(isinstance(value, str | int | float | np.ndarray) for value in held.values())
+    for method in METHODS:
+        assert find_range(observer, method, SIGNED)[1] > 0
 
 
 def test_entropy_keeps_the_mass_of_outliers() -> None:
