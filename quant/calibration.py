@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.columns import whole_inputs
+from compress.data import load_data
 from compress.errors import DataError
 from compress.graph import graph_sha256, infer_shapes
 from compress.model import Model
@@ -25,11 +26,44 @@ from quant.observers import HistogramObserver
 
 if TYPE_CHECKING:
     from compress.data import Data
+    from compress.passes import Context
 
 ACTIVATION_BUDGET_BYTES = 256_000_000
 """Observed activations of one batch; sets the batch size of calibration."""
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
+
+
+def calibration_data(model: Model, context: Context, samples: int) -> tuple[Data | None, str]:
+    """Samples to look at activations with, and what they are in words.
+
+    The user's; without them synthetic ones that match the BatchNorm statistics of the original;
+    None where neither is possible.
+    """
+    if context.calibration is not None:
+        key = f"quantize.samples {samples}"
+        if key not in context.memo:
+            # Samples from all of it: data sorted by class would give one class's ranges.
+            context.memo[key] = context.calibration.take(samples)
+        chosen: Data = context.memo[key]
+        return chosen, "calibration data"
+    original = context.original
+    if original.stage == "torch":
+        from quant.synthetic import synthesize
+
+        if "quantize.synthetic" not in context.memo:
+            made = synthesize(
+                original.torch_module,
+                original.inputs,
+                seed=context.seed,
+                progress=context.progress,
+            )
+            data = load_data(made.arrays, model.inputs) if made is not None else None
+            context.memo["quantize.synthetic"] = data
+        if context.memo["quantize.synthetic"] is not None:
+            found: Data = context.memo["quantize.synthetic"]
+            return found, "synthetic data from BatchNorm statistics"
+    return None, "none: dynamic and weight-only"
 
 
 def observe(
