@@ -11,38 +11,67 @@ from compress.errors import EngineError
 from compress.export import to_onnx
 from compress.loading import to_torch
 from compress.model import Model
-from compress.passes import Context, Pass, Placing
+from compress.passes import Compressing, Context, Pass, Placing, Refining
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A model on its way to one runtime, before the first pass that places precisions.
+    """A model on its way to one runtime, before the first pass that lowers precisions.
 
     Attributes:
         float_model: every pass before that one has been applied.
-        rest: that pass and what follows it; empty where nothing places precisions.
+        rest: that pass and what follows it; empty where nothing lowers precisions.
         context: of this runtime.
+        alternatives: each makes a further model, in place of `rest`.
     """
 
     float_model: Model
     rest: tuple[Pass, ...]
     context: Context
+    alternatives: tuple[Pass, ...] = ()
 
     @property
     def places(self) -> bool:
         """Whether operators can be kept in float one by one."""
-        return any(isinstance(step, Placing) for step in self.rest)
+        return self.placing is not None
 
-    def apply(self, keep_float: Sequence[str] = ()) -> Model:
-        """The compressed model, with these operators (by name) in float as well."""
+    @property
+    def placing(self) -> Pass | None:
+        """The pass that places precisions."""
+        return next((step for step in self.rest if isinstance(step, Placing)), None)
+
+    @property
+    def refines(self) -> bool:
+        """Whether passes are left for the candidates that stay."""
+        return any(isinstance(step, Refining) for step in self.rest)
+
+    def apply(self, keep_float: Sequence[str] = (), refine: bool = True) -> Model:
+        """The compressed model, with these operators (by name) in float as well.
+
+        Without `refine` the passes that change numbers only are left out.
+        """
         names = {node.name for node in self.float_model.graph_model.graph}
         model = _copy(self.float_model)
         for step in self.rest:
+            if isinstance(step, Refining) and not refine:
+                continue
             if isinstance(step, Placing) and keep_float:
                 kept = (*step.keep_float, *(n for n in keep_float if n in names))
                 step = dataclasses.replace(step, keep_float=tuple(dict.fromkeys(kept)))  # type: ignore[type-var]
             model = _step(step, model, self.context)
         return model
+
+    def before(self, step: Pass) -> Lowered:
+        """With one more pass before those that lower precisions."""
+        model = _step(step, _copy(self.float_model), self.context)
+        return dataclasses.replace(self, float_model=model)
+
+    def apply_alternative(self, step: Pass) -> Model:
+        """The model that one of the alternatives compresses.
+
+        What follows the pass in whose place it stands improves what that one made, and is left out.
+        """
+        return _step(step, _copy(self.float_model), self.context)
 
 
 def export(original: Model, passes: Sequence[Pass], context: Context) -> tuple[Model, Model]:
@@ -56,14 +85,17 @@ def export(original: Model, passes: Sequence[Pass], context: Context) -> tuple[M
     return exported, exported if model is original else to_onnx(model, opset, context.progress)
 
 
-def lower(start: Model, passes: Sequence[Pass], context: Context) -> Lowered:
-    """Apply the ONNX passes up to the first that places precisions."""
+def lower(
+    start: Model, passes: Sequence[Pass], context: Context, alternatives: Sequence[Pass] = ()
+) -> Lowered:
+    """Apply the ONNX passes up to the first that lowers precisions."""
     steps = [step for step in passes if step.stage == "onnx"]
-    first = next((i for i, step in enumerate(steps) if isinstance(step, Placing)), len(steps))
+    lowering = (i for i, step in enumerate(steps) if isinstance(step, (Placing, Compressing)))
+    first = next(lowering, len(steps))
     model = _copy(start)
     for step in steps[:first]:
         model = _step(step, model, context)
-    return Lowered(model, tuple(steps[first:]), context)
+    return Lowered(model, tuple(steps[first:]), context, tuple(alternatives))
 
 
 def _torch_copy(original: Model) -> Model:

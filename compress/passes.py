@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -23,6 +24,7 @@ class Context:
         target: where the result will run.
         original: the model as it was loaded: baseline and teacher.
         calibration: unlabelled data for ranges, or None.
+        training: data to train with, labelled or not, or None.
         seed: of everything random.
         progress: opens a tracker for each long step.
         cache: folder for statistics that can be computed again, or None.
@@ -33,6 +35,7 @@ class Context:
     target: Target
     original: Model
     calibration: Data | None = None
+    training: Data | None = None
     seed: int = 0
     progress: Progress = silent
     cache: Path | None = None
@@ -66,6 +69,41 @@ class Placing(Pass, Protocol):
     """
 
     keep_float: tuple[str, ...]
+
+
+@runtime_checkable
+class Compressing(Pass, Protocol):
+    """A pass that lowers the precision of a model as a whole, not operator by operator.
+
+    Attributes:
+        makes: the precision of its result, as reports call it: "int8".
+    """
+
+    makes: ClassVar[str]
+
+
+@runtime_checkable
+class Refining(Pass, Protocol):
+    """A pass behind a placing one that changes numbers, and never which kernels run.
+
+    Candidates are timed without it; those that stay are refined before they are judged.
+
+    Attributes:
+        refines: true.
+    """
+
+    refines: ClassVar[bool]
+
+
+@runtime_checkable
+class Repairable(Placing, Protocol):
+    """A placing pass that the repair ladder can turn."""
+
+    def other_ranges(self) -> tuple[Pass, ...]:
+        """The same pass with every other way to choose ranges."""
+
+    def sensitivity(self, model: Model, context: Context) -> Mapping[str, float]:
+        """How far the outputs move when one operator alone is quantized, by operator; additive."""
 
 
 def options(step: Pass) -> dict[str, Any]:

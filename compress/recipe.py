@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from compress.errors import CompressError, UsageError
-from compress.passes import Pass, options
+from compress.passes import Pass, Placing, options
 from compress.registry import create_pass
 
 VERSION = 1
@@ -22,13 +22,15 @@ _NUMBER: _Kind = ("a number", (int, float), ())
 _NUMBERS: _Kind = ("a number or a list of numbers", (int, float, list), (int, float))
 SETTINGS: Mapping[str, _Kind] = {
     **dict.fromkeys(
-        ("model", "factory", "target", "calibration", "evaluate", "layout", "objective"), _TEXT
+        ("model", "factory", "target", "calibration", "evaluate", "train", "layout", "objective"),
+        _TEXT,
     ),
     "inputs": ("a list of texts", (list,), (str,)),
     **dict.fromkeys(("threads", "batch", "seed"), _COUNT),
     **dict.fromkeys(("mean", "std"), _NUMBERS),
+    "sensitivity": ("true or false", (bool,), ()),
     "max_drop": ("text or a number", (str, int, float), ()),
-    **dict.fromkeys(("min_speedup", "seconds", "search_seconds"), _NUMBER),
+    **dict.fromkeys(("min_speedup", "seconds", "search_seconds", "repair_seconds"), _NUMBER),
 }
 """What a recipe may set besides its passes, by the names of `compress.run`'s arguments, and what
 a file may hold for it: in words, its types, and the types of its items."""
@@ -38,12 +40,20 @@ a file may hold for it: in words, its types, and the types of its items."""
 class Recipe:
     """Passes in order, torch stage before ONNX stage, and settings.
 
+    Attributes:
+        passes: what is done to the model.
+        settings: see `SETTINGS`.
+        alternatives: passes of the ONNX stage; each is tried in place of the first that places
+            precisions, and what follows that one, as a further candidate.
+
     Raises:
-        UsageError: a torch pass follows an ONNX pass, or a setting does not exist.
+        UsageError: a torch pass follows an ONNX pass, a setting does not exist, or alternatives
+            have nothing to stand in for.
     """
 
     passes: tuple[Pass, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    alternatives: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
         exported = ""
@@ -57,15 +67,32 @@ class Recipe:
         unknown = sorted(map(str, set(self.settings) - set(SETTINGS)))
         if unknown:
             raise UsageError(
-                f"Recipe: unknown setting {', '.join(unknown)}; allowed are {', '.join(SETTINGS)} "
-                f"and passes."
+                f"Recipe: unknown setting {', '.join(unknown)}; allowed are "
+                f"{', '.join(SETTINGS)}, passes and alternatives."
+            )
+        self._check_alternatives()
+
+    def _check_alternatives(self) -> None:
+        names = ", ".join(step.name for step in self.alternatives)
+        if names and not any(isinstance(step, Placing) for step in self.passes):
+            raise UsageError(
+                f"Recipe: {names} among the alternatives would be tried in place of the pass that "
+                f"places precisions, and passes has none. Add `quantize` to passes, or put "
+                f"{names} there."
+            )
+        early = next((step.name for step in self.alternatives if step.stage == "torch"), "")
+        if early:
+            raise UsageError(
+                f"Recipe: {early} works on torch models, and an alternative gets the exported ONNX "
+                f"graph. Put it into passes."
             )
 
     def to_yaml(self) -> str:
         """The file's text."""
-        entries = [{step.name: _plain(options(step))} for step in self.passes]
         settings = {k: _plain(v) for k, v in self.settings.items() if v not in (None, (), [])}
-        document = {"recipe": VERSION, **settings, "passes": entries}
+        document = {"recipe": VERSION, **settings, "passes": _entries(self.passes)}
+        if self.alternatives:
+            document["alternatives"] = _entries(self.alternatives)
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         return f"# Repeat this run: compress run --recipe recipe.yaml\n{text}"
 
@@ -95,15 +122,25 @@ class Recipe:
         version = document.pop("recipe", VERSION)
         if version != VERSION:
             raise UsageError(f"Recipe {path} has version {version}; this release reads {VERSION}.")
-        entries = document.pop("passes")
-        recipe = cls(tuple(_read_pass(path, entry) for entry in entries), document)
+        passes, others = document.pop("passes"), document.pop("alternatives", None) or []
+        if not isinstance(others, list):
+            raise UsageError(
+                f"Recipe {path}: alternatives is {others!r}, and it must be a list of passes."
+            )
+        steps, alternatives = (
+            tuple(_read_pass(path, entry) for entry in entries) for entries in (passes, others)
+        )
+        recipe = cls(steps, document, alternatives)
         for name, value in document.items():
             _check_setting(path, name, value)
         return recipe
 
 
 def default_passes(**quantize: Any) -> tuple[Pass, ...]:
-    """Free rewrites, then quantization with these options."""
+    """Free rewrites, then quantization with these options and the correction of biases.
+
+    With 16 bits there is nothing to quantize: the runtimes' own 16-bit floats are candidates.
+    """
     free = (
         "remove_identity",
         "fold_pad",
@@ -114,7 +151,14 @@ def default_passes(**quantize: Any) -> tuple[Pass, ...]:
         "shuffle_in_convolution",
         "linear_as_gemm",
     )
-    return (*(create_pass(name) for name in free), create_pass("quantize", **quantize))
+    rewrites = tuple(create_pass(name) for name in free)
+    if str(quantize.get("bits")) == "16" and not quantize.get("simulate"):
+        return rewrites
+    return (*rewrites, create_pass("quantize", **quantize), create_pass("correct_bias"))
+
+
+def _entries(steps: Sequence[Pass]) -> list[dict[str, Any]]:
+    return [{step.name: _plain(options(step))} for step in steps]
 
 
 def _read_pass(path: Path | str, entry: object) -> Pass:
@@ -147,7 +191,7 @@ def _check_setting(path: Path | str, name: str, value: object) -> None:
     words, types, item_types = SETTINGS[name]
     items = value if isinstance(value, list) else []
     fits = isinstance(value, types) and all(isinstance(item, item_types) for item in items)
-    if value is not None and (not fits or isinstance(value, bool)):
+    if value is not None and (not fits or (isinstance(value, bool) and bool not in types)):
         raise UsageError(f"Recipe {path}: {name} is {value!r}, and it must be {words}.")
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from compress.errors import EngineError
+from compress.errors import EngineError, UnsupportedError
 from compress.latency import Ratio, measure
 from compress.lowering import Lowered
 from compress.model import Model
+from compress.passes import Compressing, Pass
 from compress.progress import Tracker
 from compress.target import Engine, Isolated, Target
 from compress.trial import Trials
@@ -31,8 +34,12 @@ class Variant:
         name: in tables and reports.
         target: one runtime with its settings.
         model: at the ONNX stage.
-        precision: "float32", "bfloat16", "int8" or "mixed".
+        precision: "float32", "bfloat16", "int8" or "mixed", or what a `Compressing` pass makes.
         kept_float: operators that placement left in float, by name.
+        made_by: the pass that compressed it, where no placement did, or "".
+        failure: why a pass could not make the model, or ""; `model` is then what it was given.
+        buys: what it is made for: "speed", "size" (weights in fewer bits than the runtime computes
+            with) or "numbers" (formats that are only simulated).
     """
 
     name: str
@@ -40,10 +47,17 @@ class Variant:
     model: Model
     precision: str
     kept_float: tuple[str, ...] = ()
+    made_by: str = ""
+    failure: str = ""
+    buys: str = "speed"
 
 
 def uniform_variants(original: Model, lowered: Sequence[Lowered]) -> list[Variant]:
-    """One variant for each runtime and precision; the original in the reference runtime first."""
+    """One variant for each runtime and precision; the original in the reference runtime first.
+
+    A recipe's alternatives come after its own passes. A model that cannot be made has its reason
+    in `Variant.failure`.
+    """
     variants = [Variant(BASELINE, lowered[0].context.target, original, BASELINE)]
     for one in lowered:
         target, name = one.context.target, one.context.target.name
@@ -55,8 +69,39 @@ def uniform_variants(original: Model, lowered: Sequence[Lowered]) -> list[Varian
             # What an int8 model leaves in float is bfloat16 then, too.
             target = dataclasses.replace(target, precision="bfloat16")  # type: ignore[type-var]
             variants.append(Variant(f"{name} bfloat16", target, one.float_model, "bfloat16"))
-        if one.places:
-            variants.append(Variant(f"{name} int8", target, one.apply(), "int8"))
+        variants += _compressed(one, target)
+    return variants
+
+
+def _compressed(one: Lowered, target: Target) -> list[Variant]:
+    """What the recipe's passes make of the float model, then what each alternative makes.
+
+    Alternatives are judged by what the recipe's own result is made for.
+    """
+    own = one.placing or next(iter(one.rest), None)
+    ways: list[tuple[Pass | None, Callable[[], Model]]] = []
+    if one.rest:
+        ways.append((None if one.places else own, partial(one.apply, refine=False)))
+    ways += [(step, partial(one.apply_alternative, step)) for step in one.alternatives]
+    names: Counter[str] = Counter()
+    variants = []
+    for step, make in ways:
+        maker = step or own
+        precision = maker.makes if isinstance(maker, Compressing) else "int8"
+        name = " ".join([target.name, precision, *([step.name] if step else [])])
+        names[name] += 1
+        variant = Variant(
+            f"{name} {names[name]}" if names[name] > 1 else name,
+            target,
+            one.float_model,
+            precision,
+            made_by=step.name if step else "",
+            buys=getattr(own, "buys", "speed"),
+        )
+        try:
+            variants.append(dataclasses.replace(variant, model=make()))
+        except (EngineError, UnsupportedError) as error:
+            variants.append(dataclasses.replace(variant, failure=str(error)))
     return variants
 
 
@@ -73,7 +118,7 @@ class Screening:
         engines: of the variants that may become the artifact.
         ratios: speed-ups over the baseline.
         latency_ms: of one request.
-        failures: why a variant could not be built or run.
+        failures: why a variant could not be made, built or run.
     """
 
     workload: Workload
@@ -98,6 +143,9 @@ class Screening:
         calls = {BASELINE: self._call(self.baseline)}
         for variant in variants:
             self.variants[variant.name] = variant
+            if variant.failure:
+                self.failures[variant.name] = variant.failure
+                continue
             try:
                 if variant.name not in self.engines:
                     self.engines[variant.name] = self._build(variant)
@@ -114,6 +162,15 @@ class Screening:
             self.ratios |= found.ratios
         best = self.fastest(list(self.engines))
         self.advance(time.monotonic() - start, note=f"{best} {self.speed(best):.2f}x")
+
+    def rebuild(self, variant: Variant) -> None:
+        """Put another model of the same name in a variant's place, with its engine.
+
+        Raises:
+            EngineError: the runtime refuses it.
+        """
+        self.engines[variant.name] = self._build(variant)
+        self.variants[variant.name] = variant
 
     def speed(self, name: str) -> float:
         """Speed-up over the baseline; 0 for a variant that failed."""

@@ -59,6 +59,27 @@ def test_what_was_not_set_is_not_written() -> None:
     assert "inputs" not in text
 
 
+def test_alternatives_are_read_as_they_were_written(tmp_path: Path) -> None:
+    others = (create_pass("quantize", method="entropy"), create_pass("fold_pad"))
+    recipe = Recipe(default_passes(), {"seed": 1}, others)
+    again = Recipe.from_yaml(written(tmp_path, recipe.to_yaml()))
+    assert (again.passes, again.alternatives) == (recipe.passes, others)
+    assert again.settings == {"seed": 1}
+    assert "alternatives" not in Recipe(default_passes()).to_yaml()
+    text = "passes: [quantize]\nalternatives: [fold_pad, quantize: {samples: 3}]"
+    read = Recipe.from_yaml(written(tmp_path, text))
+    assert read.alternatives == (create_pass("fold_pad"), create_pass("quantize", samples=3))
+    assert Recipe.from_yaml(written(tmp_path, "passes: [fold_pad]\nalternatives:")).passes
+
+
+def test_alternatives_need_a_pass_to_stand_in_for() -> None:
+    others = (create_pass("quantize"),)
+    with pytest.raises(UsageError, match="place of the pass that places precisions, and passes ha"):
+        Recipe((create_pass("fold_batchnorm"),), {}, others)
+    with pytest.raises(UsageError, match="torch_pass works on torch models"):
+        Recipe((create_pass("quantize"),), {}, (*others, TorchPass()))
+
+
 def test_a_name_alone_is_a_pass_with_its_defaults(tmp_path: Path) -> None:
     text = "passes:\n- fold_batchnorm\n- quantize:\n    samples: 5\n- remove_identity:\n"
     read = Recipe.from_yaml(written(tmp_path, text))
@@ -68,8 +89,14 @@ def test_a_name_alone_is_a_pass_with_its_defaults(tmp_path: Path) -> None:
 
 def test_the_default_ends_with_quantization() -> None:
     passes = default_passes()
-    assert passes[-1] == create_pass("quantize")
-    assert {"fold_batchnorm", "remove_identity"} <= {step.name for step in passes[:-1]}
+    assert passes[-2:] == (create_pass("quantize"), create_pass("correct_bias"))
+    assert {"fold_batchnorm", "remove_identity"} <= {step.name for step in passes[:-2]}
+
+
+def test_sixteen_bits_are_the_runtimes_own_floats() -> None:
+    assert default_passes(bits=16) == default_passes()[:-2]
+    simulated = default_passes(bits=16, simulate=True)
+    assert simulated[-2] == create_pass("quantize", bits=16, simulate=True)
 
 
 def test_a_torch_pass_behind_an_onnx_pass_is_refused() -> None:
@@ -93,9 +120,13 @@ def test_a_torch_pass_behind_an_onnx_pass_is_refused() -> None:
         ("passes:\n- quantize: 8", "is no pass"),
         ("passes:\n- quantize: {}\n  fold_batchnorm: {}", "is no pass"),
         ("passes:\n- quantize: {bytes: 1}", "has no option bytes"),
-        ("passes:\n- quantize: {bits: 3}", "--bits 3 is not supported"),
+        ("passes:\n- quantize: {bits: 9}", "--bits 9: 9 is no width"),
         ("passes: []\nx: !!python/object/apply:os.getcwd []", "not plain YAML"),
         ("passes: []\n1: 2", "unknown setting 1"),
+        ("passes: [quantize]\nalternatives: quantize", "must be a list of passes"),
+        ("passes: [quantize]\nalternatives: [quantise]", "Did you mean 'quantize'"),
+        ("passes: [quantize]\nalternatives: [quantize: 3]", "is no pass"),
+        ("passes: []\nalternatives: [quantize]", "passes has none"),
     ],
     ids=[
         "empty",
@@ -112,6 +143,10 @@ def test_a_torch_pass_behind_an_onnx_pass_is_refused() -> None:
         "option out of range",
         "python object",
         "setting that is no text",
+        "alternatives that are no list",
+        "unknown alternative",
+        "alternative that is no pass",
+        "alternatives to nothing",
     ],
 )
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -283,13 +283,17 @@ OTHERS: dict[str, Target] = {"onnxruntime": TARGET, "picky": Picky(refuses="")}
 
 
 def note(screening: Screening, name: str, speed: float | None, runtime: str = "") -> None:
-    """A variant called "runtime precision ..." that was so fast; None where it failed."""
-    runtime, precision, *_ = [*runtime.split(), *name.split()] if runtime else name.split()
+    """A variant called "runtime precision pass" that was so fast; None where it failed."""
+    runtime, precision, *made_by = [*runtime.split(), *name.split()] if runtime else name.split()
     target = OTHERS[runtime]
     if "," in name:  # settings, whichever they are
         target = dataclasses.replace(TARGET, arena=False)
     variant = dataclasses.replace(
-        screening.baseline, name=name, target=target, precision=precision.rstrip(",")
+        screening.baseline,
+        name=name,
+        target=target,
+        precision=precision.rstrip(","),
+        made_by="" if "," in name else " ".join(made_by),
     )
     screening.variants[name] = variant
     if speed is not None:
@@ -316,6 +320,11 @@ def note(screening: Screening, name: str, speed: float | None, runtime: str = ""
             },
             ["onnxruntime int8, arena=False", "onnxruntime int8"],
         ),
+        # An alternative is a kind of its own.
+        (
+            {"onnxruntime int8": 2.0, "onnxruntime int8 other": 2.4, "picky int8 other": 1.5},
+            ["onnxruntime int8 other", "onnxruntime int8", "picky int8 other"],
+        ),
         # A gain of 1 % is not worth a final.
         ({"onnxruntime int8": 2.0, "picky int8": 1.01}, ["onnxruntime int8"]),
         # Three, and the fastest without int8 beside them.
@@ -332,7 +341,7 @@ def note(screening: Screening, name: str, speed: float | None, runtime: str = ""
         ),
     ],
     ids=[
-        "none", "one", "slow", "failed", "by speed", "settings", "no gain", "many",
+        "none", "one", "slow", "failed", "by speed", "settings", "alternatives", "no gain", "many",
     ],
 )  # fmt: skip
 def test_who_is_in_the_final(
@@ -364,6 +373,8 @@ def test_the_pair_to_place_between(screening: Screening) -> None:
     assert names("onnxruntime", True) == [BASELINE, "onnxruntime int8"]
     # Only of the reference the original is a variant.
     assert names("onnxruntime", False) == [None, "onnxruntime int8"]
+    assert names("picky", False) == ["picky bfloat16", None]
+    note(screening, "picky int8 other", 2.0)
     assert names("picky", False) == ["picky bfloat16", None]
     note(screening, "onnxruntime float32", 0.8)
     # Mixed models are made from the rewritten graph, even if the original is faster.

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import pytest
 
 from compress.data import load_data
-from compress.errors import EngineError
+from compress.errors import EngineError, UnsupportedError, UsageError
 from compress.latency import Ratio
 from compress.lowering import Lowered, lower
-from compress.model import Model
-from compress.passes import Context
+from compress.model import Model, Step
+from compress.passes import Context, Pass
 from compress.registry import create_pass
 from compress.target import Capabilities, Check, Engine, Target
 from compress.testing import tiny_exported
@@ -131,6 +131,89 @@ def test_only_the_int8_variant_has_integers(original: Model) -> None:
     for variant in uniform_variants(original, [lowered(original, TARGET, "free", "int8")]):
         types = {node.op_type for node in variant.model.graph_model.graph}
         assert ("QuantizeLinear" in types) == (variant.precision == "int8")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A pass that compresses the model as a whole, or fails."""
+
+    error: type[Exception] | None = None
+    makes: str = "int8"
+    buys: str = "speed"
+
+    name: ClassVar[str] = "whole"
+    stage: ClassVar[Literal["onnx"]] = "onnx"
+
+    def check(self, model: Model, target: Target) -> None:
+        return None
+
+    def apply(self, model: Model, context: Context) -> Model:
+        if self.error is not None:
+            raise self.error(f"not on {context.target.name}")
+        return model.evolve(model.graph_model, Step(self.name))
+
+
+def ways(original: Model, passes: list[Pass], *alternatives: Pass) -> list[Lowered]:
+    """ONNX Runtime and another runtime."""
+    data = load_data(original.example(4), original.inputs)
+    return [
+        lower(
+            original, passes, Context(target=t, original=original, calibration=data), alternatives
+        )
+        for t in (TARGET, Second())
+    ]
+
+
+def test_alternatives_follow_the_recipes_own_result(original: Model) -> None:
+    minmax = create_pass("quantize", samples=4, method="minmax")
+    found = uniform_variants(original, ways(original, [INT8], Whole(), minmax, Whole()))
+    names = [variant.name for variant in found[1:5]]
+    assert names == [f"onnxruntime int8{n}" for n in ("", " whole", " quantize", " whole 2")]
+    assert [variant.made_by for variant in found[1:5]] == ["", "whole", "quantize", "whole"]
+    second = [v.name.replace("second", "onnxruntime") for v in found if v.target.name == "second"]
+    assert second == ["onnxruntime float32", *names]
+    own, whole, other = found[1:4]
+    assert whole.model.history[-1].name == "whole"
+    assert other.model.history[-1].options["method"] == "minmax" != own.model.history[-1].options
+    assert all(variant.failure == "" for variant in found)
+
+
+def test_a_pass_that_compresses_as_a_whole_makes_a_variant_of_its_own(original: Model) -> None:
+    stores = Whole(makes="int4 weights", buys="size")
+    found = uniform_variants(original, ways(original, [FREE, stores]))
+    assert [(v.name, v.precision, v.buys) for v in found] == [
+        ("float32", "float32", "speed"),
+        ("onnxruntime float32", "float32", "speed"),
+        ("onnxruntime int4 weights whole", "int4 weights", "size"),
+        ("second float32", "float32", "speed"),
+        ("second int4 weights whole", "int4 weights", "size"),
+    ]
+    # Beside an own result that is made for speed, an alternative is one, too.
+    beside = uniform_variants(original, ways(original, [INT8], stores))
+    assert {variant.buys for variant in beside} == {"speed"}
+
+
+@pytest.mark.parametrize("error", [EngineError, UnsupportedError])
+def test_a_model_that_cannot_be_made_costs_only_its_variant(
+    original: Model, screening: Screening, error: type[Exception]
+) -> None:
+    own = uniform_variants(original, ways(original, [FREE, Whole(error)]))
+    beside = uniform_variants(original, ways(original, [INT8], Whole(error)))
+    for found in (own, beside):
+        failed = {v.name: v.failure for v in found if v.failure}
+        assert failed == {
+            f"{name} int8 whole": f"not on {name}" for name in ("onnxruntime", "second")
+        }
+    screening.time([v for v in beside[1:] if v.target is TARGET], seconds=0.05)
+    assert screening.failures == {"onnxruntime int8 whole": "not on onnxruntime"}
+    assert list(screening.engines) == [BASELINE, "onnxruntime int8"]
+    rows = {row["name"]: row["failure"] for row in screening.rows()}
+    assert rows == {BASELINE: "", "onnxruntime int8": "", **screening.failures}
+
+
+def test_an_error_of_the_user_ends_the_run(original: Model) -> None:
+    with pytest.raises(UsageError, match="not on onnxruntime"):
+        uniform_variants(original, ways(original, [INT8], Whole(UsageError)))
 
 
 @dataclass
