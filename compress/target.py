@@ -85,6 +85,7 @@ class Capabilities:
             multiply-accumulates that avoid it.
         int8_dot_product: the machine has an int8 dot-product instruction.
         patterns: operators that run in int8.
+        weight_only: formats of weights that are stored and computed with in float.
         notes: sentences for the user before work starts.
     """
 
@@ -99,6 +100,7 @@ class Capabilities:
     costly_moves: bool = False
     int8_dot_product: bool = True
     patterns: tuple[FusablePattern, ...] = ()
+    weight_only: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def pattern(self, op: str) -> FusablePattern | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.convenience as convenience
@@ -11,6 +12,9 @@ from quant.placement import GATES, clip_bounds
 from quant.plan import QuantPlan
 from quant.quantizer import quantize
 from quant.spec import QParams
+
+_STORAGE = {"int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
+"""Element types that numpy does not have; the other formats are stored in their own."""
 
 
 def emit_qdq(graph_model: ir.Model, plan: QuantPlan) -> ir.Model:
@@ -227,14 +231,26 @@ class _Emitter:
         """The dequantized reading of an initializer that is stored as integers."""
         name = value.name or ""
         if name not in self.floats and value.const_value is not None:
-            integers = self.constant(f"{name}_int", quantize(value.const_value.numpy(), params))
+            storage = _STORAGE.get(params.spec.dtype, params.zero_point.dtype)
+            numbers = quantize(value.const_value.numpy(), params).astype(storage)
             self.floats[name] = self.dequantized(
-                integers, params.scale, params.zero_point, params.axis, name
+                self.constant(f"{name}_int", numbers),
+                params.scale,
+                params.zero_point.astype(storage),
+                params.axis,
+                name,
+                params.spec.group,
             )
         return self.floats[name]
 
     def dequantized(
-        self, integers: ir.Value, scale: np.ndarray, zero: np.ndarray, axis: int | None, name: str
+        self,
+        integers: ir.Value,
+        scale: np.ndarray,
+        zero: np.ndarray,
+        axis: int | None,
+        name: str,
+        group: int | None = None,
     ) -> ir.Value:
         inputs = [
             integers,
@@ -242,6 +258,7 @@ class _Emitter:
             self.constant(f"{name}/zero", zero),
         ]
         attributes = {} if axis is None else {"axis": axis}
+        attributes |= {} if group is None else {"block_size": group}
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/dq")
         out = node.outputs[0]
         out.name, out.dtype, out.shape = f"{name}/dq", ir.DataType.FLOAT, integers.shape

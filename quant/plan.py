@@ -5,9 +5,10 @@ One plan, several emitters. PTQ and QAT both end in a plan.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +18,12 @@ from compress.target import Capabilities, Role
 from quant.observers import HistogramObserver, RangeMethod, find_range
 from quant.placement import GATES, MOVES, Placement, find_pattern
 from quant.quantizer import qparams_from_range, weight_qparams
-from quant.spec import QParams, QuantSpec
+from quant.spec import Granularity, QParams, QuantSpec
+from quant.weight_scale import narrow_weight
+from quant.widths import SiteFormat
 
+Formats: TypeAlias = Mapping[str, SiteFormat]
+"""Of operators with weights, by site."""
 _SYMMETRIC = QuantSpec(dtype="int8", symmetric=True)
 _UNIT_RANGE = ("Sigmoid", "Softmax", "HardSigmoid")
 _INT32_MAX = 2**31 - 1
@@ -75,6 +80,7 @@ def static_plan(
     capabilities: Capabilities,
     method: RangeMethod,
     per_channel: bool = True,
+    formats: Formats | None = None,
 ) -> QuantPlan:
     """Ranges from observers, weights from the graph.
 
@@ -85,23 +91,29 @@ def static_plan(
         capabilities: integer types of the target.
         method: how a range is chosen from a histogram.
         per_channel: one weight scale for each output channel.
+        formats: of operators with weights, where they are not the target's own int8. A tensor
+            that several of them read has the widest of their activation formats.
     """
+    formats = formats or {}
     usual = QuantSpec(dtype=capabilities.activation, symmetric=capabilities.activation == "int8")
     signed = symmetric_tensors(graph, placement, capabilities)
     producers = {out.name: node for node in graph for out in node.outputs}
+    read = _activation_formats(graph, formats)
     activations: dict[str, QParams] = {}
     for group in placement.groups:
         makers = [producers.get(name) for name in group]
         seen = [observers[name] for name in group if name in observers]
         two_signs = any(observer.low < 0 for observer in seen)
         spec = _SYMMETRIC if two_signs and not signed.isdisjoint(group) else usual
+        asked = [read[name] for name in group if name in read]
+        spec = max(asked, key=lambda one: one.bits) if asked else spec
         params = _group_params(group, makers, placement.roles, observers, spec, method)
         activations |= dict.fromkeys(group, params)
     for node in graph:
         gate = node.op_type in GATES and placement.roles.get(node.name or "") == "unary"
         if gate:
             _fit_gate(node, activations)
-    constants = _constant_params(graph, placement, capabilities, per_channel)
+    constants = _constant_params(graph, placement, capabilities, per_channel, formats)
     _leave_room_for_bias(graph, placement, activations, constants)
     return QuantPlan(
         placement.roles,
@@ -135,6 +147,54 @@ def dynamic_plan(graph: ir.Graph, placement: Placement, capabilities: Capabiliti
     weights = Placement(roles, (), placement.constants, (), {})
     constants = _constant_params(graph, weights, capabilities, per_channel=True)
     return QuantPlan(roles, {}, constants, (), tuple(dynamic), reasons)
+
+
+def weight_only_plan(
+    graph: ir.Graph, placement: Placement, capabilities: Capabilities, formats: Formats
+) -> QuantPlan:
+    """Weights in a narrow format, arithmetic in float: needs no data.
+
+    Args:
+        graph: the float graph.
+        placement: from `place` on the same graph; its other int8 operators become float.
+        capabilities: of the target.
+        formats: of the operators to store narrowly, by site.
+    """
+    roles: dict[str, Role] = {name: "matmul" for name in formats}
+    reasons = dict(placement.reasons)
+    for name in placement.roles:
+        reasons[name] = "weights only" if name in formats else "weight-only quantization"
+    chosen = Placement(roles, (), placement.constants, (), {})
+    constants = _constant_params(graph, chosen, capabilities, True, formats)
+    return QuantPlan(roles, {}, constants, (), (), reasons)
+
+
+def joined(first: QuantPlan, second: QuantPlan) -> QuantPlan:
+    """Two plans of one graph that quantize different operators."""
+    roles = {**first.roles, **second.roles}
+    reasons = {**first.reasons, **second.reasons}
+    return QuantPlan(
+        roles,
+        {**first.activations, **second.activations},
+        {**first.constants, **second.constants},
+        first.float_outputs + second.float_outputs,
+        first.dynamic + second.dynamic,
+        {n: r for n, r in reasons.items() if n not in roles or n in second.roles},
+    )
+
+
+def _activation_formats(graph: ir.Graph, formats: Formats) -> dict[str, QuantSpec]:
+    """The widest format that the operators with weights want of each tensor that they read."""
+    wanted: dict[str, QuantSpec] = {}
+    for node in graph:
+        form = formats.get(node.name or "")
+        for value in node.inputs if form is not None else ():
+            if value is None or value.const_value is not None or form is None:
+                continue
+            before = wanted.get(value.name or "")
+            if before is None or before.bits < form.activation.bits:
+                wanted[value.name or ""] = form.activation
+    return wanted
 
 
 def symmetric_tensors(
@@ -196,7 +256,11 @@ def _fit_gate(node: ir.Node, activations: dict[str, QParams]) -> None:
 
 
 def _constant_params(
-    graph: ir.Graph, placement: Placement, capabilities: Capabilities, per_channel: bool
+    graph: ir.Graph,
+    placement: Placement,
+    capabilities: Capabilities,
+    per_channel: bool,
+    formats: Formats | None = None,
 ) -> dict[str, QParams]:
     params: dict[str, QParams] = {}
     for node in graph:
@@ -210,12 +274,19 @@ def _constant_params(
             axis = None
             if role == "matmul" and index == weight_input(node):
                 spec = QuantSpec(capabilities.weight, reduced=capabilities.reduced_weights)
+                form = (formats or {}).get(node.name or "")
                 axis = None
+                if form is not None and form.weight.granularity == "per_group":
+                    params[value.name] = narrow_weight(array, form.weight, input_axis(node))
+                    continue
                 if per_channel and capabilities.per_channel and _one_axis(value, placement):
                     axis = output_axis(node)
-                if axis is not None:
-                    spec = QuantSpec(spec.dtype, reduced=spec.reduced, granularity="per_channel")
-                params[value.name] = weight_qparams(array, spec, axis)
+                if form is not None:
+                    spec = form.weight
+                granularity: Granularity = "per_tensor" if axis is None else "per_channel"
+                spec = dataclasses.replace(spec, granularity=granularity)
+                make = weight_qparams if form is None else narrow_weight
+                params[value.name] = make(array, spec, axis)
             else:
                 spec = QuantSpec(capabilities.activation, symmetric=False)
                 params[value.name] = qparams_from_range(array.min(), array.max(), spec)
@@ -227,6 +298,11 @@ def _one_axis(weight: ir.Value, placement: Placement) -> bool:
     users = [use.node for use in weight.uses()]
     axes = {output_axis(user) for user in users if placement.roles.get(user.name or "") == "matmul"}
     return len(axes) == 1
+
+
+def input_axis(node: ir.Node) -> int:
+    """Axis of the input features in the weight of a linear layer."""
+    return 1 if node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0)) else 0
 
 
 def output_axis(node: ir.Node) -> int | None:

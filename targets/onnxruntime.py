@@ -133,5 +133,6 @@ def onnxruntime_capabilities(machine: Machine) -> Capabilities:
         linear="Gemm",
         int8_dot_product=machine.int8_dot_product,
         patterns=PATTERNS,
+        weight_only=("int4",),
         notes=int8_notes(machine, machine.int8_dot_product),
     )

@@ -153,5 +153,6 @@ def openvino_capabilities(machine: Machine, max_isa: str = "") -> Capabilities:
         costly_moves=True,
         int8_dot_product=fast,
         patterns=PATTERNS,
+        weight_only=("int4",),
         notes=int8_notes(machine, fast),
     )

@@ -64,11 +64,14 @@ class TestContract(PassContract):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 4}, "--bits 4 is not supported"),
+        ({"bits": 9}, "--bits 9: 9 is no width"),
+        ({"bits": (4, 4)}, "names a width twice"),
+        ({"bits": (4, 8), "average_bits": 3}, "below the smallest width, 4"),
+        ({"group": 24}, "must be a power of two"),
         ({"method": "median"}, "choose from minmax, percentile, mse, entropy"),
         ({"samples": 0}, "must be at least 1"),
     ],
-    ids=["bits", "method", "samples"],
+    ids=["bits", "twice", "average", "group", "method", "samples"],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -100,6 +103,11 @@ def test_the_step_says_what_was_done(exported: tuple[Model, Model]) -> None:
     assert step.name == "quantize"
     assert step.options == {
         "bits": 8,
+        "activation_bits": None,
+        "edge_bits": 8,
+        "average_bits": None,
+        "group": 32,
+        "simulate": False,
         "method": "mse",
         "samples": 9,
         "per_channel": True,
