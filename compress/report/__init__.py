@@ -25,6 +25,7 @@ class Candidate:
         drop: fields of `compress.metrics.Drop` in points, where the score is a top-1.
         fidelity: agreement with the original on the same inputs; None for itself.
         int8_macs: share of multiply-accumulates that the runtime executes in int8, 0..1.
+        buys: what it is made for: "speed", "size" or "numbers" (simulated formats).
         allowed: whether it keeps the budget's limit on the drop.
     """
 
@@ -39,6 +40,7 @@ class Candidate:
     drop: Mapping[str, Any] | None = None
     fidelity: Mapping[str, Any] | None = None
     int8_macs: float = 0.0
+    buys: str = "speed"
     allowed: bool = True
 
 
@@ -58,6 +60,11 @@ class Report:
             p50_ms, float_sites, failure.
         regions: where the runtime of the artifact was searched for mixed placements: one row per
             region with its precision and the predicted time at each.
+        ladder: where accuracy was repaired: fields of `compress.ladder.Attempt`, in order.
+        gap: how the artifact in its runtime compares with the simulation of its plan: samples,
+            top1_agreement, sqnr_db; empty where there is none.
+        sensitivity: what quantizing one operator alone costs: one row per operator and format, with
+            name, format and metrics by name, the one that decides first; `plots` draws them.
         latency: how the timing was made.
         calibration: where ranges come from, and the hash of the data.
         evaluation: what was scored, and the hash of the data.
@@ -91,6 +98,9 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     tried: tuple[Mapping[str, Any], ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
+    ladder: tuple[Mapping[str, Any], ...] = ()
+    gap: Mapping[str, Any] = field(default_factory=dict)
+    sensitivity: tuple[Mapping[str, Any], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:
@@ -106,3 +116,9 @@ class Report:
         from compress.report.markdown import markdown
 
         return markdown(self)
+
+    def plots(self) -> dict[str, str]:
+        """Files that belong beside `report.md`, by name: the SVGs that it shows."""
+        from compress.report.plots import plots
+
+        return plots(self)

@@ -6,13 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.report import Report
+from compress.report.plots import SENSITIVITY
 from compress.report.table import (
     COLUMNS,
+    LADDER,
     TRIED,
     candidate_row,
     fidelity,
     float_sites,
+    gap,
+    ladder_row,
     region_table,
+    sensitivity_sentence,
+    sensitivity_table,
     tried_row,
 )
 
@@ -33,12 +39,22 @@ def markdown(report: Report) -> str:
     for candidate in report.candidates:
         if candidate.fidelity is not None:
             lines += ["", f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."]
+    if report.gap:
+        lines += ["", gap(report.gap)]
+    if report.ladder:
+        lines += ["", "## Repair of the accuracy", ""]
+        lines += table(LADDER, [ladder_row(row) for row in report.ladder])
     lines += ["", _latency(report), "", "## What was tried", ""]
     lines += table(TRIED, [tried_row(row) for row in report.tried])
     if report.regions:
         columns, cells = region_table(report)
         lines += ["", f"## Regions ({report.target['name']})", ""]
         lines += [_REGIONS, "", *table(columns, cells)]
+    if report.sensitivity:
+        columns, cells = sensitivity_table(report)
+        lines += ["", "## Sensitivity", "", sensitivity_sentence(report), ""]
+        lines += [*table(columns, cells), ""]
+        lines += [f"![{SENSITIVITY}]({SENSITIVITY}.svg)"]
     lines += ["", "## Sites", ""]
     lines += _sites(report)
     lines += ["", "## Steps", ""]

@@ -111,3 +111,84 @@ def region_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 def float_sites(report: Report) -> list[Mapping[str, Any]]:
     """Sites with multiply-accumulates that the compressed model runs in float."""
     return [row for row in report.sites if row["macs"] and row["precision"] != "int8"]
+
+
+SENSITIVE = 10
+"""Operators that the table of sensitivities shows."""
+METRICS = {
+    "kl": ("KL divergence of the class probabilities from the original's", "nats"),
+    "mse": ("power of the outputs' error over their own power", ""),
+    "accuracy": ("share of samples whose top-1 is lost", ""),
+    "fisher": ("rise of the loss that the Fisher information predicts", "nats"),
+    "hutchinson": ("squared rounding error of the weights times their mean curvature", ""),
+}
+"""What the figures of a sensitivity mean, and their unit."""
+
+
+def sensitivity_metric(report: Report) -> str:
+    """Name of the figure that decides; decibels, of which less is worse, give way to `mse`."""
+    name = next(iter(report.sensitivity[0]["metrics"]))
+    return "mse" if name == "sqnr" else str(name)
+
+
+def sensitivities(report: Report) -> dict[str, dict[str, float]]:
+    """The deciding figure by operator and format; operators that suffer most come first."""
+    metric = sensitivity_metric(report)
+    found: dict[str, dict[str, float]] = {}
+    for row in report.sensitivity:
+        found.setdefault(row["name"], {})[row["format"]] = float(row["metrics"][metric])
+    return dict(sorted(found.items(), key=lambda item: -max(item[1].values())))
+
+
+def sensitivity_table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the operators that suffer most."""
+    formats = list(dict.fromkeys(row["format"] for row in report.sensitivity))
+    rows = [
+        (name, *(f"{values[one]:.3g}" if one in values else "" for one in formats))
+        for name, values in list(sensitivities(report).items())[:SENSITIVE]
+    ]
+    return ("operator", *formats), rows
+
+
+def sensitivity_sentence(report: Report) -> str:
+    """What the table shows."""
+    metric = sensitivity_metric(report)
+    words = METRICS.get(metric, (metric, ""))[0]
+    total = len({row["name"] for row in report.sensitivity})
+    shown = f"the {SENSITIVE} most sensitive of {total}" if total > SENSITIVE else f"all {total}"
+    return (
+        f"One operator quantized, everything else in float; {shown} operators. {metric}: {words}."
+    )
+
+
+LADDER = ("rung", "passes", "drop", "SQNR", "float operators", "seconds", "result")
+
+
+def ladder_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line of the table of repairs."""
+    if row["drop"] is None:
+        passes = ", ".join(row["passes"])
+        return (row["rung"], passes, "", "", "", f"{row['seconds']:.1f}", row["reason"])
+    lost = drop(row["points"]) if row["points"] else f"{row['drop']:+.4g}"
+    sqnr = f"{row['sqnr_db']:.1f} dB" if row["sqnr_db"] is not None else "equal"
+    result = "holds" if row["holds"] else "kept" if row["kept"] else f"left out: {row['reason']}"
+    return (
+        row["rung"],
+        ", ".join(row["passes"]),
+        lost,
+        sqnr,
+        str(row["float_sites"] or ""),
+        f"{row['seconds']:.1f}",
+        result,
+    )
+
+
+def gap(values: Mapping[str, Any]) -> str:
+    """One sentence about the artifact and the simulation of its plan."""
+    agreement = values["top1_agreement"]
+    first = f"top-1 agrees on {agreement:.2%}" if agreement is not None else "outputs compared"
+    sqnr = f", SQNR {values['sqnr_db']:.1f} dB" if values["sqnr_db"] is not None else ", equal"
+    return (
+        f"Artifact in its runtime against the simulation: {first} of {values['samples']} "
+        f"samples{sqnr}."
+    )

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.report import Report
-from compress.report.table import COLUMNS, candidate_row, fidelity, float_sites, tried_row
+from compress.report.table import (
+    COLUMNS,
+    LADDER,
+    candidate_row,
+    fidelity,
+    float_sites,
+    gap,
+    ladder_row,
+    sensitivity_sentence,
+    sensitivity_table,
+    tried_row,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +27,7 @@ _FEW_ROWS = 8
 
 def render(report: Report, console: Console) -> None:
     """Print headline, candidates, and what stayed in float."""
+    from rich.markup import escape
     from rich.table import Table
 
     for index, sentence in enumerate(report.headline):
@@ -30,6 +42,7 @@ def render(report: Report, console: Console) -> None:
         if candidate.fidelity is not None:
             text = f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."
             console.print(text, highlight=False, markup=False)
+    _repair(report, console)
     finals = {candidate.name for candidate in report.candidates}
     others = [tried_row(row) for row in report.tried if row["name"] not in finals]
     for name, speed, *_ in others[:_FEW_ROWS]:
@@ -43,3 +56,25 @@ def render(report: Report, console: Console) -> None:
         console.print(text, highlight=False, markup=False)
     if len(left) > _FEW_SITES:
         console.print(f"  and {len(left) - _FEW_SITES} more, see report.md", highlight=False)
+    if report.sensitivity:
+        columns, sensitive = sensitivity_table(report)
+        console.print(f"Sensitivity. {sensitivity_sentence(report)}", highlight=False, markup=False)
+        lines = Table(*columns, box=None, padding=(0, 2, 0, 2), header_style="bold")
+        for cells in sensitive:
+            lines.add_row(*map(escape, cells))
+        console.print(lines)
+
+
+def _repair(report: Report, console: Console) -> None:
+    """What the ladder tried, and how far the artifact is from its simulation."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if report.gap:
+        console.print(gap(report.gap), highlight=False, markup=False)
+    if report.ladder:
+        ladder = Table(*LADDER, box=None, padding=(0, 2, 0, 2), header_style="bold")
+        for attempt in report.ladder:
+            ladder.add_row(*map(escape, ladder_row(attempt)))
+        console.print("Repair of the accuracy:", highlight=False)
+        console.print(ladder)
