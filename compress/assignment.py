@@ -49,6 +49,32 @@ def assign(costs_us: Costs, edges: Edges) -> list[str]:
     return [list(costs)[choice] for costs, choice in zip(costs_us, choices, strict=True)]
 
 
+def assign_within(costs_us: Costs, edges: Edges, losses: Costs, limit: float) -> list[str]:
+    """The precision of each region with the least total time among those that lose little enough.
+
+    A multiple-choice knapsack with conversions, solved exactly as a mixed-integer program.
+
+    Args:
+        costs_us: see `Costs`.
+        edges: see `Edges`.
+        losses: for each region, what each of its precisions loses, at least 0.
+        limit: of the sum of losses.
+
+    Raises:
+        UsageError: as `assign`; or even the choices that lose least lose more than the limit.
+        EngineError: the solver gave up.
+    """
+    _check(costs_us, edges)
+    least = sum(min(loss.values()) for loss in losses)
+    if not least <= limit:
+        raise UsageError(
+            f"No assignment loses at most {limit:.4g}: the one that loses least loses {least:.4g}. "
+            f"Give each region a precision that loses less, or allow more."
+        )
+    choices = _solve(costs_us, edges, losses, limit)
+    return [list(costs)[choice] for costs, choice in zip(costs_us, choices, strict=True)]
+
+
 def total_us(costs_us: Costs, edges: Edges, assignment: Sequence[str]) -> float:
     """The time that an assignment is predicted to take: its regions and its conversions."""
     regions = sum(costs[chosen] for costs, chosen in zip(costs_us, assignment, strict=True))
@@ -139,10 +165,13 @@ def _eliminate(costs_us: Costs, edges: Edges, last_reader: Sequence[int]) -> lis
     return choices
 
 
-def _solve(costs_us: Costs, edges: Edges) -> list[int]:
+def _solve(
+    costs_us: Costs, edges: Edges, losses: Costs | None = None, limit: float = math.inf
+) -> list[int]:
     """The same as a program: one variable for each choice, and one for each pair on an edge.
 
     A pair's variables sum to those of its two ends, so only the choices need to be integers.
+    With `losses`, one more row keeps their sum within the limit.
     """
     starts = np.cumsum([0, *(len(costs) for costs in costs_us)])
     weights = [time for costs in costs_us for time in costs.values()]
@@ -163,13 +192,21 @@ def _solve(costs_us: Costs, edges: Edges) -> list[int]:
                     entries.append((len(sums), int(starts[end]) + choice, -1.0))
                     entries += [(len(sums), int(column), 1.0) for column in group]
                     sums.append(0.0)
+    lower = list(sums)
+    if losses is not None:
+        chosen = [loss[p] for costs, loss in zip(costs_us, losses, strict=True) for p in costs]
+        # In shares of the limit: the solver's tolerance is absolute.
+        unit = limit if limit > 0 else 1.0
+        entries += [(len(sums), column, loss / unit) for column, loss in enumerate(chosen)]
+        lower.append(-math.inf)
+        sums.append(limit / unit)
     rows, positions, factors = zip(*entries, strict=True)
     matrix = coo_array((factors, (rows, positions)), shape=(len(sums), len(weights)))
     result = milp(
         weights,
         integrality=integral,
         bounds=(0, 1),
-        constraints=LinearConstraint(matrix.tocsr(), sums, sums),
+        constraints=LinearConstraint(matrix.tocsr(), lower, sums),
         options={"mip_rel_gap": 0.0},
     )
     if result.x is None:

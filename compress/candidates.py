@@ -88,15 +88,6 @@ class Measured:
         return next(one for one in self.all if one.candidate.name == name)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Which candidate becomes the artifact, whether the budget is met, and why in words."""
-
-    chosen: str
-    met: bool
-    sentences: tuple[str, ...]
-
-
 def measure_finals(
     searched: Searched,
     sites: Sequence[Site],
@@ -107,10 +98,12 @@ def measure_finals(
     seconds: float,
     seed: int,
     progress: Progress,
+    known: dict[str, Score],
 ) -> Measured:
     """Latency of the finalists in several sessions, then accuracy and fidelity in their runtimes.
 
-    Accuracy is measured from the fastest on, until one keeps the limit on the drop.
+    Accuracy is measured from the fastest on, until one keeps the limit on the drop; what was made
+    for its size or its numbers is always judged. `known` holds scores by name, and gets new ones.
     """
     workload, engines = searched.screening.workload, searched.screening.engines
     comparison = measure_sessions(
@@ -127,16 +120,23 @@ def measure_finals(
     agreements: dict[str, Fidelity] = {}
     real = data or (evaluator.data if evaluator else None)
     source = "calibration data" if data else "evaluation data"
-    if evaluator is not None:
-        scores[FLOAT] = evaluator(engines[FLOAT], progress)
+    variants = {variant.name: variant for variant in searched.finalists}
+
+    def score(name: str) -> Score | None:
+        if evaluator is not None and name not in known:
+            known[name] = evaluator(engines[name], progress)
+        return known.get(name)
+
+    scores[FLOAT] = score(FLOAT)
+    found = False
     for name in order:
+        if found and variants[name].buys == "speed":
+            continue
         agreements[name] = fidelity(
             engines[FLOAT], engines[name], real, source=source, seed=seed, progress=progress
         )
-        if evaluator is not None:
-            scores[name] = evaluator(engines[name], progress)
-            if _allowed(scores[FLOAT], scores[name], limits):
-                break
+        scores[name] = score(name)
+        found |= evaluator is not None and _allowed(scores[FLOAT], scores[name], limits)
 
     def candidate(variant: Variant) -> Candidate:
         name = variant.name
@@ -155,6 +155,7 @@ def measure_finals(
             drop=_drop(before, after) if name != FLOAT else None,
             fidelity=agreement.to_dict() if agreement is not None else None,
             int8_macs=int8_share(engines[name].kernels(), sites),
+            buys=variant.buys,
             allowed=name == FLOAT or (judged and _allowed(before, after, limits)),
         )
 
@@ -171,49 +172,6 @@ def measure_finals(
         latency,
         searched.screening.failures,
     )
-
-
-def choose(measured: Measured, limits: Limits) -> Decision:
-    """The fastest allowed candidate; the original where none is faster with confidence."""
-    best, fastest = FLOAT, 1.0
-    sentences = [f"{name} failed: {reason}" for name, reason in measured.failures.items()]
-    for one in measured.all[1:]:
-        candidate, ratio = one.candidate, one.candidate.speedup
-        faster = ratio is not None and ratio["verdict"] == "faster"
-        sentences.append(_sentence(candidate, faster))
-        if ratio is not None and faster and candidate.allowed and ratio["value"] > fastest:
-            best, fastest = candidate.name, ratio["value"]
-    chosen = measured.built(best).candidate
-    speed = float(chosen.speedup["low"]) if chosen.speedup else 1.0
-    met = best != FLOAT and speed >= (limits.min_speedup or 0)
-    if best == FLOAT:
-        sentences.append("The artifact is the original float32 model: no candidate is better.")
-    elif not met:
-        sentences.append(
-            f"Budget not met: --min-speedup {limits.min_speedup:g} is not within reach with "
-            f"confidence; the best measured is {chosen.speedup['value']:.2f}x "  # type: ignore[index]
-            f"(at least {speed:.2f}x). The artifact is that best."
-        )
-    return Decision(best, met, tuple(sentences))
-
-
-def _sentence(candidate: Candidate, faster: bool) -> str:
-    ratio = candidate.speedup or {"value": 1.0, "low": 1.0, "high": 1.0, "verdict": "cannot tell"}
-    interval = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    speed = {
-        "faster": f"is {interval} as fast as the original",
-        "slower": f"is slower than the original ({interval})",
-        "cannot tell": f"cannot be told from the original in speed ({interval})",
-    }[str(ratio["verdict"])]
-    if candidate.score is None:
-        return f"{candidate.name} {speed}; accuracy was not verified (no --eval)."
-    loss = ""
-    if candidate.drop is not None:
-        points = candidate.drop["points"]
-        loss = f" and {'gains' if points < 0 else 'loses'} {abs(points):.2f} points of top-1"
-    limit = "" if candidate.allowed else ", more than --max-drop allows"
-    joint = loss if faster or not loss else loss.replace(" and", ", and")
-    return f"{candidate.name} {speed}{joint}{limit}."
 
 
 def int8_share(kernels: Sequence[Kernel], sites: Sequence[Site]) -> float:

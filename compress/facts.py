@@ -12,6 +12,7 @@ from compress.candidates import Built, Measured, reasons, site_rows
 from compress.data import Data
 from compress.graph import Site, macs_in_subgraphs
 from compress.model import Model, Step
+from compress.rewrites import STATISTICS
 from compress.search import Searched
 from compress.target import ManyRuntimes, Target
 from compress.variants import settings as settings_of
@@ -36,7 +37,7 @@ def site_rows_of(
 def region_rows(searched: Searched, chosen: Built) -> tuple[Mapping[str, Any], ...]:
     """The placement table of the runtime that was chosen; empty where none was searched."""
     placement = searched.placements.get(chosen.candidate.runtime)
-    if placement is None:
+    if placement is None or chosen.variant.made_by:
         return ()
     precision = chosen.candidate.precision
     return tuple(placement.rows("" if precision == "mixed" else precision))
@@ -84,8 +85,9 @@ def plan_of(model: Model) -> Mapping[str, Any]:
 
 
 def step_facts(step: Step) -> dict[str, Any]:
-    """A step without the plan, which is written to a file of its own."""
-    details = {k: v for k, v in step.details.items() if k not in ("plan", "reasons")}
+    """A step without the plan, which is written to a file of its own, and what only passes read."""
+    hidden = ("plan", "quantized", "reasons", STATISTICS)
+    details = {k: v for k, v in step.details.items() if k not in hidden}
     return {"name": step.name, "options": dict(step.options), "details": details}
 
 

@@ -109,12 +109,10 @@ def place_by_measurement(
         None where there is nothing to choose: one region, or a runtime that does not tell which
         kernel executes what.
     """
-    regions = cut_regions(lowered.float_model.graph_model)
-    if len(regions) < 2:
-        return None
-    placement = _profiled(lowered, wide, narrow, screening, regions)
+    placement = profile_regions(lowered, wide, narrow, screening)
     if placement is None:
         return None
+    regions = placement.regions
     search = _Search(lowered, narrow, wide, screening, placement)
     if remembered is not None and len(remembered) == len(regions):
         # Which precision is the wide one may have changed since.
@@ -194,7 +192,7 @@ class _Search:
             name = f"{self.target.name} mixed {self.placement.trials}"
             kept = self.placement.kept_float(assignment)
             try:
-                model = self.lowered.apply(kept)
+                model = self.lowered.apply(kept, refine=False)
             except EngineError as error:
                 self.screening.failures[name] = str(error)
                 continue
@@ -241,13 +239,13 @@ class _Search:
         return (flipped for predicted, flipped in neighbours if predicted < 1.1 * now)
 
 
-def _profiled(
-    lowered: Lowered,
-    wide: Variant,
-    narrow: Variant,
-    screening: Screening,
-    regions: tuple[Region, ...],
+def profile_regions(
+    lowered: Lowered, wide: Variant, narrow: Variant, screening: Screening
 ) -> Placement | None:
+    """What each region costs in two uniform engines; None where nothing can be chosen."""
+    regions = cut_regions(lowered.float_model.graph_model)
+    if len(regions) < 2:
+        return None
     owners = {site: index for index, region in enumerate(regions) for site in region.sites}
     costs: list[dict[str, float]] = [{} for _ in regions]
     precision = "bfloat16" if wide.precision == "bfloat16" else "float32"

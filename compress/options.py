@@ -71,8 +71,46 @@ Seconds = Annotated[float, typer.Option(metavar="S", min=0.1, help="Measuring ti
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Bits = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Bits of weights and activations.  [default: 8]"),
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Bits of weights and activations: 8; 16 (bfloat16); 4 (weights only, for size); auto; "
+        "several, such as 4,8, to choose from for each operator; with --simulate also 2 to 7 and "
+        "fp8, fp4.  [default: 8]",
+    ),
+]
+ActivationBits = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Bits of activations where they differ; with --simulate."),
+]
+Simulate = Annotated[
+    bool,
+    typer.Option(
+        "--simulate", help="Emulate formats that the target does not have: accuracy, not speed."
+    ),
+]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Data to train with if nothing cheaper repairs the accuracy; labels help.",
+    ),
+]
+Sensitivity = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity", help="Measure what each operator loses in int8: a table and a plot."
+    ),
+]
+RepairTime = Annotated[
+    float | None,
+    typer.Option(
+        "--repair-time",
+        metavar="S",
+        min=0,
+        help="Seconds to repair accuracy where int8 loses more than --max-drop; 0 repairs "
+        "nothing.  [default: 300]",
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -98,7 +136,7 @@ RecipeFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Passes from a recipe.yaml instead.")
 ]
 Method = Annotated[
-    Literal["minmax", "percentile", "mse", "entropy"] | None,
+    Literal["minmax", "percentile", "mse", "entropy", "moving_average"] | None,
     typer.Option(help="How a range is chosen from the calibration data.  [default: mse]"),
 ]
 CalibrationSamples = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from compress import artifact
-from compress.candidates import Built, Limits, choose, measure_finals
-from compress.data import Data, load_data
-from compress.errors import EngineError, UsageError
+from compress.candidates import Built, Limits, measure_finals
+from compress.data import Data
+from compress.decision import choose
+from compress.errors import EngineError
 from compress.facts import (
     calibration_facts,
     command_line,
@@ -33,18 +35,22 @@ from compress.facts import (
     step_facts,
     target_facts,
 )
+from compress.gap import simulation_gap
 from compress.graph import graph_sha256, graph_sites
 from compress.loading import load
 from compress.lowering import export, lower
 from compress.machine import fingerprint, this_machine, versions
-from compress.metrics import Evaluator, resolve_evaluator
+from compress.metrics import Score
 from compress.model import Model, TensorSpec, random_inputs
-from compress.passes import Context, Pass
+from compress.passes import Context
 from compress.progress import Progress, silent
-from compress.recipe import Recipe, default_passes
-from compress.registry import create_target, require_target
+from compress.recipe import Recipe
+from compress.registry import require_target
+from compress.repair import measure_sensitivity, repair
 from compress.report import Report
-from compress.search import DEFAULT_SECONDS, search
+from compress.search import search
+from compress.settings import NAMES as SETTING_NAMES
+from compress.settings import Settings, check_half, check_passes, choose_passes, read_data
 from compress.target import Engine, Target, runtimes
 from compress.variants import settings as settings_of
 from compress.workload import Workload, check_workload, make_workload
@@ -58,6 +64,7 @@ PACKAGES = (
     "onnxscript",
     "numpy",
     "openvino",
+    "nncf",
 )
 CACHE = Path("~/.cache/hwcompress")
 
@@ -84,13 +91,17 @@ def run(
     model: Any = None,
     *,
     target: str | None = None,
-    bits: int | None = None,
+    bits: int | str | Sequence[int | str] | None = None,
+    activation_bits: int | str | None = None,
+    simulate: bool = False,
     factory: str | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     calibration: Any = None,
     evaluate: Any = None,
+    train: Any = None,
     max_drop: str | float | None = None,
     min_speedup: float | None = None,
+    repair_seconds: float | None = None,
     out: Path | str | None = None,
     threads: int | None = None,
     batch: int | None = None,
@@ -103,6 +114,7 @@ def run(
     recipe: Path | str | Recipe | None = None,
     search_seconds: float | None = None,
     seconds: float | None = None,
+    sensitivity: bool | None = None,
     seed: int | None = None,
     trust_pickle: bool = False,
     overwrite: bool = False,
@@ -113,16 +125,24 @@ def run(
     Args:
         model: a path, a torch module, an ONNX model, or None with `factory` or a recipe.
         target: name of a registered target; "cpu", which takes the fastest runtime.
-        bits: of weights and activations; 8.
+        bits: of weights and activations: 8, 4 (weights only), 16 (bfloat16 where the CPU has it),
+            "auto", or several, such as "4,8", to choose from for each operator; with `simulate`
+            any format, such as 6 or "fp8".
+        activation_bits: of activations, where they differ; with `simulate` only.
+        simulate: emulate formats that the target does not have, in float32; for research.
         factory: `module:function` that makes the network.
         inputs: shapes such as "1x3x224x224" where the model does not say.
         calibration: data for activation ranges (see `compress.data.load_data`); without it
             ranges come from synthetic data.
         evaluate: labelled data for top-1 in the target's runtime, or a callable (or
             "module:function") that takes an engine and returns a number, higher is better.
+        train: data to train with, where nothing cheaper repairs the accuracy (see
+            `compress.data.load_data`); labelled or not.
         max_drop: largest loss, "0.5%" absolute points or "0.5%rel"; 1 % where there is
             something to evaluate.
         min_speedup: smallest speed-up over the original that counts as success.
+        repair_seconds: time to repair accuracy where int8 loses more than `max_drop`; 300. 0 keeps
+            what is not within the limit out of the artifact without trying.
         out: directory of the artifact.
         threads: of the runtime; all usable cores.
         batch: samples in one request, where the model's batch is dynamic; 1.
@@ -137,6 +157,7 @@ def run(
         search_seconds: time to look for the fastest placement of int8 and the fastest settings;
             60. 0 tries only whole models in float and int8.
         seconds: time for the final latency measurement; 10.
+        sensitivity: measure for the report what each operator loses when it alone is quantized.
         seed: of everything random; 0.
         trust_pickle: unpickle `model` even if that executes code.
         overwrite: replace an existing artifact.
@@ -145,11 +166,19 @@ def run(
     Raises:
         CompressError: every problem that has a name; nothing is written then.
     """
-    given = {name: value for name, value in locals().items() if name in _SETTINGS}
+    given = {name: value for name, value in locals().items() if name in SETTING_NAMES}
     clock = _Clock()
     read = Recipe.from_yaml(recipe) if isinstance(recipe, (str, Path)) else recipe
-    settings = _Settings.resolve(given, read)
-    passes = _passes(read, bits=bits, method=method, samples=samples)
+    settings = Settings.resolve(given, read)
+    passes = choose_passes(
+        read,
+        bits=bits,
+        activation_bits=activation_bits,
+        simulate=simulate or None,
+        method=method,
+        samples=samples,
+    )
+    alternatives = read.alternatives if read is not None else ()
     destination = settings.create_target()
     require_target(destination)
     with clock.phase("load"):
@@ -162,16 +191,17 @@ def run(
     directory = Path(out) if out is not None else Path(f"{original.name}-{destination.name}")
     check_workload(original, batch=settings.batch, objective=settings.objective)
     artifact.check_output(directory, overwrite)
-    for step in passes:
-        for one in runtimes(destination):
-            step.check(original, one)
-    data, evaluator = _read_data(settings, original)
+    served = runtimes(destination)[:1] if simulate else runtimes(destination)
+    check_half(bits if not simulate else None, served)
+    check_passes((*passes, *alternatives), original, served)
+    data, evaluator, training = read_data(settings, original)
     limits = Limits.parse(settings.max_drop, settings.min_speedup, evaluator is not None)
 
     context = Context(
         target=destination,
         original=original,
         calibration=data,
+        training=training,
         seed=settings.seed,
         progress=progress,
         cache=CACHE.expanduser(),
@@ -188,8 +218,8 @@ def run(
     )
     with clock.phase("compress"):
         lowered = [
-            lower(start, passes, dataclasses.replace(context, target=one))
-            for one in runtimes(destination)
+            lower(start, passes, dataclasses.replace(context, target=one), alternatives)
+            for one in served
         ]
     with clock.phase("search"):
         searched = search(
@@ -199,22 +229,49 @@ def run(
             seconds=settings.search_seconds,
             seed=settings.seed,
             progress=progress,
-            memory=_memory(exported, passes, data, destination, workload),
+            memory=_memory(exported, Recipe(passes, {}, alternatives), data, destination, workload),
         )
     sites = graph_sites(exported.graph_model)
+    scores: dict[str, Score] = {}
+    finals = functools.partial(
+        measure_finals,
+        sites=sites,
+        data=data,
+        evaluator=evaluator,
+        limits=limits,
+        seconds=settings.seconds,
+        seed=settings.seed,
+        progress=progress,
+        known=scores,
+    )
     with clock.phase("measure"):
-        measured = measure_finals(
+        measured = finals(searched)
+    with clock.phase("repair"):
+        climbed, searched = repair(
             searched,
-            sites,
-            data=data,
+            measured,
+            lowered,
+            passes,
             evaluator=evaluator,
             limits=limits,
-            seconds=settings.seconds,
-            seed=settings.seed,
+            data=data,
+            training=training is not None,
+            scores=scores,
+            seconds=settings.repair_seconds,
             progress=progress,
         )
+        if climbed is not None and climbed.holds:
+            measured = finals(searched)
+    if settings.sensitivity:
+        with clock.phase("sensitivity"):
+            measure_sensitivity(lowered)
     decision = choose(measured, limits)
+    if climbed is not None:
+        decision = decision.after(climbed.sentence(), climbed.holds)
     chosen = measured.built(decision.chosen)
+    if climbed is not None and chosen.variant is climbed.variant:
+        passes = climbed.passes
+    gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(
         headline=(*decision.sentences, *remarks(searched, exported, destination)),
         met=decision.met,
@@ -224,6 +281,9 @@ def run(
         sites=site_rows_of(sites, measured, decision.chosen),
         tried=tuple(searched.screening.rows()),
         regions=region_rows(searched, chosen),
+        ladder=tuple(map(dataclasses.asdict, climbed.attempts)) if climbed is not None else (),
+        gap=gap,
+        sensitivity=tuple(context.memo.get("quantize.sensitivity", ())),
         latency=measured.latency,
         command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -235,93 +295,10 @@ def run(
         machine={**dataclasses.asdict(this_machine()), "fingerprint": fingerprint(this_machine())},
         versions=versions(*PACKAGES),
     )
-    recipe_text = Recipe(passes, settings.as_recipe()).to_yaml()
+    recipe_text = Recipe(passes, settings.as_recipe(), alternatives).to_yaml()
     with clock.phase("write"):
         report = _write(report, chosen, recipe_text, directory, clock)
     return RunResult(report, directory)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """Arguments of `run` after recipe and defaults have filled the gaps."""
-
-    model: Any = None
-    factory: str | None = None
-    inputs: Sequence[str | TensorSpec] = ()
-    target: str = "cpu"
-    threads: int | None = None
-    calibration: Any = None
-    evaluate: Any = None
-    layout: str = "auto"
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    max_drop: str | float | None = None
-    min_speedup: float | None = None
-    batch: int = 1
-    objective: str = "latency"
-    search_seconds: float = DEFAULT_SECONDS
-    seconds: float = 10.0
-    seed: int = 0
-
-    def create_target(self) -> Target:
-        """The target, for throughput with one stream for each thread."""
-        streams = None
-        if self.objective == "throughput":
-            streams = self.threads or this_machine().cores
-        return create_target(self.target, threads=self.threads, streams=streams)
-
-    @classmethod
-    def resolve(cls, given: dict[str, Any], recipe: Recipe | None) -> _Settings:
-        values = dict(recipe.settings) if recipe is not None else {}
-        empty: tuple[object, ...] = ((), [])
-        values |= {
-            name: value
-            for name, value in given.items()
-            if value is not None and not (isinstance(value, (tuple, list)) and value in empty)
-        }
-        settings = cls(**values)
-        if settings.model is None and settings.factory is None:
-            raise UsageError(
-                "There is no model. Give a file, --model module:factory, or a --recipe that "
-                "names one."
-            )
-        if settings.seed < 0:
-            raise UsageError(f"--seed {settings.seed} must be 0 or more.")
-        if not 0.5 <= settings.seconds <= 3600:
-            raise UsageError(f"--seconds {settings.seconds} is out of range: 0.5 to 3600.")
-        if not 0 <= settings.search_seconds <= 86400:
-            raise UsageError(
-                f"--time {settings.search_seconds} is out of range: 0 to 86400 seconds; 0 tries "
-                f"only whole models in float and in int8."
-            )
-        return settings
-
-    def as_recipe(self) -> dict[str, Any]:
-        """What a YAML file can hold; objects handed over in Python are left out."""
-        plain = (str, int, float, Path)
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["inputs"] = [str(spec).removeprefix(":") for spec in self.inputs]
-        return {
-            name: value
-            for name, value in values.items()
-            if isinstance(value, plain)
-            or (isinstance(value, (list, tuple)) and all(isinstance(v, plain) for v in value))
-        }
-
-
-def _passes(recipe: Recipe | None, **quantize: Any) -> tuple[Pass, ...]:
-    given = {name: value for name, value in quantize.items() if value is not None}
-    if recipe is None:
-        return default_passes(**given)
-    if given:
-        raise UsageError(
-            f"--recipe says which passes run and with which options, so {', '.join(given)} cannot "
-            f"be given beside it. Change the recipe's `quantize` entry, or leave --recipe out."
-        )
-    return recipe.passes
-
-
-_SETTINGS = frozenset(field.name for field in dataclasses.fields(_Settings))
 
 
 class _Clock:
@@ -337,27 +314,13 @@ class _Clock:
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def _read_data(settings: _Settings, model: Model) -> tuple[Data | None, Evaluator | None]:
-    how: dict[str, Any] = {
-        "layout": settings.layout,
-        "mean": settings.mean,
-        "std": settings.std,
-    }
-    data = evaluator = None
-    if settings.calibration is not None:
-        data = load_data(settings.calibration, model.inputs, **how)
-    if settings.evaluate is not None:
-        evaluator = resolve_evaluator(settings.evaluate, model.inputs, **how)
-    return data, evaluator
-
-
 def _memory(
-    exported: Model, passes: Sequence[Pass], data: Data | None, target: Target, workload: Workload
+    exported: Model, recipe: Recipe, data: Data | None, target: Target, workload: Workload
 ) -> Path:
     """Where the placements of this model, data, target and machine are remembered."""
     parts = [
         graph_sha256(exported.graph_model),
-        Recipe(tuple(passes)).to_yaml(),
+        recipe.to_yaml(),
         data.sha256 if data is not None else "",
         target.name,
         settings_of(target),
@@ -384,6 +347,8 @@ def _write(report: Report, chosen: Built, recipe: str, directory: Path, clock: _
         hashes = {path.name: artifact.sha256_file(path) for path in files}
         report = dataclasses.replace(report, files=hashes, seconds=dict(clock.seconds))
         artifact.write_text(folder / "report.md", report.markdown())
+        for name, text_of_plot in report.plots().items():
+            artifact.write_text(folder / name, text_of_plot)
         text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
         artifact.write_text(folder / artifact.REPORT, text)
     return report

@@ -17,6 +17,10 @@ from compress.reference import largest_difference, largest_magnitude, reference_
 from compress.target import Target
 
 Found = TypeVar("Found")
+Statistics = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Mean and standard deviation of every output channel, by the operator's name; float64, (C,)."""
+STATISTICS = "statistics"
+"""Where a step keeps them; not part of any report."""
 RELATIVE_TOLERANCE = 1e-4
 """Largest difference that float32 rounding explains, relative to the largest output."""
 
@@ -27,7 +31,8 @@ class FoldBatchNorm:
 
     With s = gamma / sqrt(var + eps): W' = s W and b' = s (b - mean) + beta, computed in
     float64 (Jacob et al. 2018, arXiv 1712.05877, section 3.2). A BatchNorm that follows
-    something else, or whose convolution has a second user, is left alone and named.
+    something else, or whose convolution has a second user, is left alone and named. What it
+    normalized to is kept, see `output_statistics`.
     """
 
     name: ClassVar[str] = "fold_batchnorm"
@@ -42,18 +47,47 @@ class FoldBatchNorm:
         norms = [node for node in graph if node.op_type == "BatchNormalization"]
         expected = run(reference_session(model.graph_model), model.example()) if norms else {}
         folded, left = 0, {}
+        statistics = output_statistics(model)
         for norm in norms:
-            if reason := _fold(graph, norm):
+            if reason := _fold(graph, norm, statistics):
                 left[norm.name or ""] = reason
             else:
                 folded += 1
         remove_unused(model.graph_model)
-        details = {"folded": folded, "left": left, **check_equal(model, expected)}
+        details = {
+            "folded": folded,
+            "left": left,
+            **check_equal(model, expected),
+            STATISTICS: listed(statistics),
+        }
         return model.evolve(model.graph_model, Step(self.name, {}, details))
 
 
-def _fold(graph: ir.Graph, norm: ir.Node) -> str:
-    """Fold one BatchNorm into its producer; the reason why not, or ""."""
+def output_statistics(model: Model) -> Statistics:
+    """Mean and standard deviation that BatchNorm gave the outputs of layers it was folded into.
+
+    They are those of the layer's own output, before any activation. A pass that gives channels
+    another scale or shift records all of them anew; the last record holds.
+    """
+    for step in reversed(model.history):
+        if STATISTICS in step.details:
+            return {
+                name: (np.array(one["mean"], np.float64), np.array(one["std"], np.float64))
+                for name, one in step.details[STATISTICS].items()
+            }
+    return {}
+
+
+def listed(statistics: Statistics) -> dict[str, dict[str, list[float]]]:
+    """As plain lists, for the details of a step."""
+    return {
+        name: {"mean": mean.tolist(), "std": std.tolist()}
+        for name, (mean, std) in statistics.items()
+    }
+
+
+def _fold(graph: ir.Graph, norm: ir.Node, statistics: Statistics) -> str:
+    """Fold one BatchNorm into its producer and note it; the reason why not, or ""."""
     source = norm.inputs[0]
     conv = source.producer() if source is not None else None
     if conv is None or conv.op_type not in ("Conv", "ConvTranspose", "Gemm"):
@@ -71,7 +105,8 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> str:
     if bias is not None and np.prod(bias.shape[:-1]) != 1:
         return f"{conv.name} has a bias for each row"
     weight, gamma, beta, mean, var = (np.asarray(c, np.float64) for c in constants)
-    scale = gamma / np.sqrt(var + norm.attributes.get_float("epsilon", 1e-5))
+    epsilon = norm.attributes.get_float("epsilon", 1e-5)
+    scale = gamma / np.sqrt(var + epsilon)
     if bias is None:
         bias = np.zeros_like(scale)
     if conv.op_type == "Gemm":
@@ -84,6 +119,8 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> str:
     replace_constant(graph, conv, 1, _scaled(conv, weight, scale).astype(dtype), f"{base}.weight")
     replace_constant(graph, conv, 2, new_bias.astype(dtype), f"{base}.bias")
     bypass(graph, norm, out)
+    # What reaches the BatchNorm has the variance var; epsilon makes its output a bit narrower.
+    statistics[base] = beta, np.abs(gamma) * np.sqrt(var / (var + epsilon))
     return ""
 
 

@@ -8,9 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from compress.errors import EngineError, UnsupportedError
 from compress.latency import measure
 from compress.lowering import Lowered
-from compress.mixed import Placement, place_by_measurement, recall, remember
+from compress.mixed import (
+    Placement,
+    place_by_measurement,
+    profile_regions,
+    recall,
+    remember,
+)
 from compress.model import Model
 from compress.progress import Progress
 from compress.target import Adjustable, Target
@@ -74,11 +81,35 @@ def search(
         if seconds > 0:
             placements = _place(lowered, screening, start + seconds, memory)
             _adjust(screening)
+        finalists = _refined(_finalists(screening), lowered, screening)
     spent = time.monotonic() - start
     notes = tuple(found.note for found in placements.values() if found.note)
     if seconds > 0 and not placements and spent > seconds:
         notes = (f"--time {seconds:g} was over before a mixed placement could be searched.",)
-    return Searched(_finalists(screening), screening, placements, spent, notes)
+    return Searched(finalists, screening, placements, spent, notes)
+
+
+def _refined(
+    finalists: Sequence[Variant], lowered: Sequence[Lowered], screening: Screening
+) -> tuple[Variant, ...]:
+    """The finalists after every pass of the recipe; one whose refinement fails is out."""
+    by_runtime = {one.context.target.name: one for one in lowered if one.refines}
+    kept = []
+    for variant in finalists:
+        one = by_runtime.get(variant.target.name)
+        placed = not variant.made_by and variant.precision not in ("float32", "bfloat16")
+        if one is None or not placed:
+            kept.append(variant)
+            continue
+        try:
+            model = one.apply(variant.kept_float)
+            refined = dataclasses.replace(variant, model=model)
+            screening.rebuild(refined)
+        except (EngineError, UnsupportedError) as error:
+            screening.failures[variant.name] = str(error)
+            continue
+        kept.append(refined)
+    return tuple(kept)
 
 
 def _place(
@@ -152,7 +183,7 @@ def _pair(
         if v.target.name == runtime and n in screening.ratios and (n != BASELINE or reference)
     ]
     wide = [v for v in found if v.precision in ("float32", "bfloat16")]
-    narrow = next((v for v in found if v.precision == "int8"), None)
+    narrow = next((v for v in found if v.precision == "int8" and not v.made_by), None)
     rewritten = [v for v in wide if v.name != BASELINE] or wide
     # Mixed models are made from the rewritten graph, so that is the one to profile.
     best = max(rewritten, key=lambda v: screening.speed(v.name), default=None)
@@ -174,11 +205,19 @@ def _adjust(screening: Screening) -> None:
     screening.time([best, *others])
 
 
+def region_costs(one: Lowered, screening: Screening, reference: bool) -> Placement | None:
+    """What the regions of a runtime cost at each precision, where no placement was searched."""
+    wide, narrow = _pair(one.context.target.name, screening, reference)
+    if wide is None or narrow is None:
+        return None
+    return profile_regions(one, wide, narrow, screening)
+
+
 def _finalists(screening: Screening) -> tuple[Variant, ...]:
     """The baseline, the fastest few, and the fastest one without int8.
 
-    Of each runtime and precision one, and of other settings one beside it: what settings gain is
-    often less than two sessions differ.
+    Of each runtime, precision and pass one, and of other settings one beside it: what settings
+    gain is often less than two sessions differ.
     """
     usual: dict[tuple[str, str], Target] = {}
     for variant in screening.variants.values():
@@ -186,15 +225,18 @@ def _finalists(screening: Screening) -> tuple[Variant, ...]:
     ranked = [n for n in screening.ratios if n != BASELINE and n in screening.engines]
     ranked.sort(key=screening.speed, reverse=True)
     chosen: list[str] = []
-    seen: set[tuple[str, str, bool]] = set()
+    seen: set[tuple[str, str, str, bool]] = set()
     for name in ranked:
         variant = screening.variants[name]
         runtime, precision = variant.target.name, variant.precision
-        kind = (runtime, precision, variant.target == usual[runtime, precision])
+        as_usual = variant.target == usual[runtime, precision]
+        kind = (runtime, precision, variant.made_by, as_usual)
         worth = not chosen or screening.speed(name) > 1 + MARGIN
         if kind not in seen and worth and len(chosen) < FINALISTS:
             chosen.append(name)
             seen.add(kind)
+    # What was asked for by its format is judged whatever its speed.
+    chosen += [n for n in ranked if screening.variants[n].buys != "speed" and n not in chosen]
     wide = [n for n in ranked if screening.variants[n].precision in ("float32", "bfloat16")]
     if wide and wide[0] not in chosen and screening.speed(wide[0]) > 1 + MARGIN:
         chosen.append(wide[0])

@@ -4,12 +4,21 @@ import itertools
 import math
 import random
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.assignment import MAX_STATES, Costs, Edges, assign, total_us
+from compress.assignment import (
+    MAX_STATES,
+    Costs,
+    Edges,
+    assign,
+    assign_within,
+    total_us,
+)
 from compress.errors import UsageError
 
 PRECISIONS = ("int8", "bfloat16", "float32")
@@ -146,3 +155,29 @@ def test_a_wide_graph_agrees_with_its_narrow_form() -> None:
 def test_what_does_not_fit_is_refused(costs: Costs, edges: Edges, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         assign(costs, edges)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_knapsack_equals_brute_force(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 6))
+    numbers = st.integers(0, 40)
+    costs = [{p: float(data.draw(numbers)) for p in ("int8", "float32")} for _ in range(count)]
+    losses = [{"int8": float(data.draw(numbers)), "float32": 0.0} for _ in range(count)]
+    price = {("int8", "float32"): 3.0, ("float32", "int8"): 5.0}
+    edges: list[Any] = [[(i - 1, price)] if i else [] for i in range(count)]
+    limit = float(data.draw(st.integers(0, 80)))
+
+    def loss(chosen: Sequence[str]) -> float:
+        return sum(one[p] for one, p in zip(losses, chosen, strict=True))
+
+    policies = itertools.product(("int8", "float32"), repeat=count)
+    best = min(total_us(costs, edges, p) for p in policies if loss(p) <= limit)
+    found = assign_within(costs, edges, losses, limit)
+    assert loss(found) <= limit
+    assert total_us(costs, edges, found) == pytest.approx(best)
+
+
+def test_a_limit_below_the_least_loss_is_refused() -> None:
+    with pytest.raises(UsageError, match="No assignment loses at most 1"):
+        assign_within([{"int8": 1.0}], [[]], [{"int8": 2.0}], 1.0)

@@ -12,12 +12,12 @@ from compress.candidates import (
     Built,
     Limits,
     Measured,
-    choose,
     int8_share,
     measure_finals,
     site_rows,
 )
 from compress.data import load_data
+from compress.decision import choose
 from compress.errors import EngineError, UsageError
 from compress.graph import Site, graph_sites
 from compress.lowering import lower
@@ -234,6 +234,7 @@ def test_a_refused_candidate_costs_only_that_candidate() -> None:
         limits=limits,
         seconds=0.5,
         seed=0,
+        known={},
         progress=silent,
     )
     decision = choose(measured, limits)

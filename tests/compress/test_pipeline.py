@@ -188,6 +188,7 @@ def test_more_loss_than_allowed_leaves_the_original(files: Files, tmp_path: Path
         calibration=files.x,
         evaluate=loses,
         max_drop=0,
+        repair_seconds=0,
         out=tmp_path / "out",
         **FAST,
     )
@@ -260,7 +261,9 @@ def test_an_interruption_leaves_the_old_artifact_and_nothing_else(
         ({"seconds": 0.1}, "out of range"),
         ({"target": "tpu"}, "no target called 'tpu'"),
         ({"threads": 0}, "--threads 0 is out of range"),
-        ({"bits": 4}, "--bits 4 is not supported"),
+        ({"bits": 9}, "--bits 9: 9 is no width"),
+        ({"bits": "fp8"}, "cannot run --bits fp8; it runs 8, 4 .weights only"),
+        ({"repair_seconds": -1}, "--repair-time -1 is out of range"),
         ({"method": "median"}, "choose from minmax"),
         ({"objective": "speed"}, "choose from latency, throughput"),
         ({"batch": 0}, "must be at least 1"),
@@ -271,7 +274,7 @@ def test_an_interruption_leaves_the_old_artifact_and_nothing_else(
 def test_wrong_usage_is_refused_before_any_work(
     files: Files, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, UnsupportedError), match=message):
         compress.run(files.model, calibration=files.x, out=tmp_path / "out", **{**FAST, **settings})
     assert not list(tmp_path.iterdir())
 

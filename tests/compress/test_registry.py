@@ -36,7 +36,9 @@ def test_unknown_names_list_what_is_installed() -> None:
 
 
 def test_unknown_options_list_the_known() -> None:
-    with pytest.raises(UsageError, match="'quantize' has no option bytes; it has bits, method"):
+    with pytest.raises(
+        UsageError, match="'quantize' has no option bytes; it has bits, activation_bits"
+    ):
         create_pass("quantize", bytes=1)
     with pytest.raises(UsageError, match="'fold_batchnorm' has no option bits; it has none"):
         create_pass("fold_batchnorm", bits=8)

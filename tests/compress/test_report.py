@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
+import math
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from compress.report import SCHEMA_VERSION, Candidate, Report
 from compress.report.markdown import table
+from compress.report.plots import bar_chart_svg
 from compress.report.table import drop, fidelity, float_sites, interval, score, size, speedup
 from compress.report.terminal import render
 
@@ -237,3 +243,123 @@ def test_a_table_escapes_its_own_sign() -> None:
 
 def test_a_candidate_by_name() -> None:
     assert report().candidate("int8").int8_macs == 0.75
+
+
+def sensitivity(count: int = 12, first: str = "kl") -> tuple[dict[str, Any], ...]:
+    """Operators op0, op1, ... that suffer more and more, except for op3, which suffers most."""
+    rows = []
+    for index in range(count):
+        for form, factor in (("int8", 1e-3), ("int4", 1.0)):
+            value = factor * (1 + index if index != 3 else 2.5 * count)
+            figures = {"mse": value / 100, "sqnr": 20 - 10 * math.log10(value), "kl": value}
+            metrics = {first: figures[first], **figures}
+            rows.append({"name": f"op{index}", "format": form, "metrics": metrics})
+    return tuple(rows)
+
+
+def test_markdown_shows_the_ten_most_sensitive_operators() -> None:
+    assert "## Sensitivity" not in report().markdown()
+    lines = report(sensitivity=sensitivity()).markdown().splitlines()
+    start = lines.index("## Sensitivity")
+    assert "the 10 most sensitive of 12 operators" in lines[start + 2]
+    assert "kl: KL divergence" in lines[start + 2]
+    assert lines[start + 4 : start + 8] == [
+        "| operator | int8 | int4 |",
+        "|---|---|---|",
+        "| op3 | 0.03 | 30 |",
+        "| op11 | 0.012 | 12 |",
+    ]
+    assert lines[start + 15 : start + 18] == [
+        "| op2 | 0.003 | 3 |",
+        "",
+        "![sensitivity](sensitivity.svg)",
+    ]
+
+
+def test_sensitivities_in_decibels_are_ranked_by_their_error() -> None:
+    text = report(sensitivity=sensitivity(4, first="sqnr")).markdown()
+    assert "all 4 operators. mse: power of the outputs' error" in text
+    assert text.index("| op3 | 0.0001 | 0.1 |") < text.index("| op2 | 3e-05 | 0.03 |")
+
+
+def test_the_terminal_shows_the_most_sensitive_operators() -> None:
+    rows = tuple({**row, "name": f"[b]{row['name']}"} for row in sensitivity())
+    stream = io.StringIO()
+    render(report(sensitivity=rows), Console(file=stream, width=200))
+    text = stream.getvalue()
+    assert "Sensitivity. One operator quantized" in text
+    assert text.index("[b]op3 ") < text.index("[b]op11 ") < text.index("[b]op2 ")
+    assert "[b]op1 " not in text
+    stream = io.StringIO()
+    render(report(), Console(file=stream, width=200))
+    assert "Sensitivity" not in stream.getvalue()
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def bars(svg: str) -> list[float]:
+    return [float(bar.attrib["width"]) for bar in ElementTree.fromstring(svg).iter(f"{SVG}rect")]
+
+
+def texts(svg: str) -> list[str]:
+    return [text.text or "" for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_a_report_has_a_plot_of_the_format_that_costs_most() -> None:
+    assert report().plots() == {}
+    plots = report(sensitivity=sensitivity()).plots()
+    assert list(plots) == ["sensitivity.svg"]
+    svg = plots["sensitivity.svg"]
+    words = texts(svg)
+    assert words[0] == "Sensitivity to int4, one operator at a time: kl"
+    assert words[1:5] == ["op3", "30 nats", "op11", "12 nats"]
+    assert len(bars(svg)) == 12
+
+
+def test_a_plot_of_many_operators_shows_the_most_sensitive() -> None:
+    words = texts(report(sensitivity=sensitivity(90)).plots()["sensitivity.svg"])
+    assert len(words) == 1 + 2 * 60
+    assert "op89" in words
+    assert "op20" not in words
+
+
+def test_a_steep_plot_is_logarithmic() -> None:
+    steep = tuple(
+        {**row, "metrics": {"kl": 10.0 ** -int(row["name"][2:])}} for row in sensitivity(7)
+    )
+    svg = report(sensitivity=steep).plots()["sensitivity.svg"]
+    assert "(logarithmic)" in texts(svg)[0]
+    lengths = bars(svg)
+    steps = [a - b for a, b in itertools.pairwise(lengths)]
+    assert steps == pytest.approx([steps[0]] * 6, abs=0.2)
+    assert min(steps) > 0
+    assert lengths[-1] == pytest.approx(lengths[0] / 10, abs=0.2)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@given(
+    st.lists(st.tuples(st.text(max_size=60), st.floats(-1e6, 1e6)), max_size=12),
+    st.text(max_size=5),
+)
+@settings(max_examples=60, deadline=None)
+def test_bars_are_as_long_as_their_values_are_large(
+    log: bool, rows: list[tuple[str, float]], unit: str
+) -> None:
+    svg = bar_chart_svg("<A & B>", rows, unit, log=log)
+    lengths = bars(svg)
+    assert len(lengths) == len(rows)
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(0 <= length <= 700 for length in lengths)
+    assert texts(svg)[0].startswith("<A & B>")
+    values = sorted((value for _, value in rows), reverse=True)
+    for value, length in zip(values, lengths, strict=True):
+        assert (length > 0) <= (value > 0)
+        if not log and value > 0:
+            assert length == pytest.approx(value / values[0] * lengths[0], abs=0.1)
+
+
+def test_long_labels_lose_their_middle() -> None:
+    svg = bar_chart_svg("title", [("a" * 50 + "\x00" + "b" * 50, 1.0)], "")
+    assert texts(svg)[1] == "a" * 21 + "…" + "b" * 21
+    assert texts(bar_chart_svg("title", [("a\x00b", 1.0)], ""))[1] == "a?b"

@@ -9,11 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compress.errors import ExportError
-from compress.model import Arrays, Model
+from compress.facts import step_facts
+from compress.model import Arrays, Model, Step
 from compress.passes import Context, Pass
 from compress.reference import reference_session, run
 from compress.registry import create_target
-from compress.rewrites import FoldBatchNorm, PoolSpatialMean, RemoveIdentity, check_equal
+from compress.rewrites import (
+    FoldBatchNorm,
+    PoolSpatialMean,
+    RemoveIdentity,
+    check_equal,
+    output_statistics,
+)
 from compress.testing import PassContract
 
 TARGET = create_target("cpu", threads=1)
@@ -190,6 +197,47 @@ def test_a_shared_weight_is_folded_for_each_user_apart(onnx_model: Build) -> Non
     )
     assert done.history[-1].details["folded"] == 2
     assert_same(before, after)
+
+
+def test_statistics_are_those_of_the_folded_layer_on_the_data_of_the_norm(
+    onnx_model: Build,
+) -> None:
+    # The convolution's own moments on these data become the BatchNorm's running statistics.
+    x = np.random.default_rng(3).normal(1, 2, (16, 4, 6, 6)).astype(np.float32)
+    plain = onnx_model(
+        f"g ({IN}) => ({OUT}) {{[a] y = Conv<pads=[1,1,1,1]>(x, w)}}", w=(4, 4, 3, 3)
+    )
+    out = run(reference_session(plain.graph_model), {"x": x})["y"].astype(np.float64)
+    own = norm(4, 5) | {
+        "mean": out.mean((0, 2, 3)).astype(np.float32),
+        "var": out.var((0, 2, 3)).astype(np.float32),
+    }
+    model = onnx_model(f"g ({IN}) => ({OUT}) {{{CONV} {BN}}}", w=(4, 4, 3, 3), **own)
+    done = FoldBatchNorm().apply(model, Context(target=TARGET, original=model))
+    folded = run(reference_session(done.graph_model), {"x": x})["y"].astype(np.float64)
+    mean, deviation = output_statistics(done)["a"]
+    np.testing.assert_allclose(mean, folded.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(deviation, folded.std((0, 2, 3)), rtol=1e-4)
+    np.testing.assert_array_equal(mean, own["beta"].astype(np.float64))
+
+
+def test_the_last_record_of_statistics_holds_and_a_fold_keeps_it(onnx_model: Build) -> None:
+    model = onnx_model(f"g ({IN}) => ({OUT}) {{{CONV} {BN}}}", w=(4, 4, 3, 3), **norm(4))
+    assert output_statistics(model) == {}
+    once, _, _ = applied(FoldBatchNorm(), model)
+    twice, _, _ = applied(FoldBatchNorm(), once)
+    np.testing.assert_array_equal(output_statistics(twice)["a"], output_statistics(once)["a"])
+    newer = {"a": {"mean": [1.0], "std": [2.0]}}
+    later = twice.evolve(twice.program, Step("other", {}, {"statistics": newer}))
+    later = later.evolve(later.program, Step("another"))
+    np.testing.assert_array_equal(output_statistics(later)["a"], [[1.0], [2.0]])
+
+
+def test_a_report_leaves_the_statistics_out(onnx_model: Build) -> None:
+    model = onnx_model(f"g ({IN}) => ({OUT}) {{{CONV} {BN}}}", w=(4, 4, 3, 3), **norm(4))
+    done, _, _ = applied(FoldBatchNorm(), model)
+    step = done.history[-1]
+    assert set(step.details) - set(step_facts(step)["details"]) == {"statistics"}
 
 
 def test_nothing_unused_is_left_behind(onnx_model: Build) -> None:

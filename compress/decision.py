@@ -1,0 +1,105 @@
+"""Which candidate becomes the artifact, and why: never worse than what came in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from compress.candidates import FLOAT, Limits, Measured
+from compress.report import Candidate
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which candidate becomes the artifact, whether the budget is met, and why in words."""
+
+    chosen: str
+    met: bool
+    sentences: tuple[str, ...]
+
+    def after(self, sentence: str, repaired: bool) -> Decision:
+        """The same after a repair, which a reader must know about first."""
+        return Decision(self.chosen, self.met and repaired, (sentence, *self.sentences))
+
+
+def choose(measured: Measured, limits: Limits) -> Decision:
+    """The fastest allowed candidate; the original where none is faster with confidence."""
+    best, fastest = FLOAT, 1.0
+    sentences = [f"{name} failed: {reason}" for name, reason in measured.failures.items()]
+    for one in measured.all[1:]:
+        candidate, ratio = one.candidate, one.candidate.speedup
+        faster = ratio is not None and ratio["verdict"] == "faster"
+        sentences.append(_sentence(candidate, faster))
+        if ratio is not None and faster and candidate.allowed and ratio["value"] > fastest:
+            best, fastest = candidate.name, ratio["value"]
+    asked = _asked_for(measured)
+    if asked is not None:
+        return dataclasses.replace(asked, sentences=(*sentences, *asked.sentences))
+    chosen = measured.built(best).candidate
+    speed = float(chosen.speedup["low"]) if chosen.speedup else 1.0
+    met = best != FLOAT and speed >= (limits.min_speedup or 0)
+    if best == FLOAT:
+        sentences.append("The artifact is the original float32 model: no candidate is better.")
+    elif not met:
+        sentences.append(
+            f"Budget not met: --min-speedup {limits.min_speedup:g} is not within reach with "
+            f"confidence; the best measured is {chosen.speedup['value']:.2f}x "  # type: ignore[index]
+            f"(at least {speed:.2f}x). The artifact is that best."
+        )
+    return Decision(best, met, tuple(sentences))
+
+
+def _asked_for(measured: Measured) -> Decision | None:
+    """The fastest allowed candidate of those made for size or numbers, if that was asked for."""
+    asked = [one.candidate for one in measured.all if one.candidate.buys != "speed"]
+    allowed = [one for one in asked if one.allowed]
+    if not allowed:
+        if not asked:
+            return None
+        sentence = (
+            f"Budget not met: {asked[0].precision} loses more than --max-drop allows. The artifact "
+            f"is the original float32 model."
+        )
+        return Decision(FLOAT, False, (sentence,))
+    best = max(allowed, key=lambda one: one.speedup["value"] if one.speedup else 0.0)
+    if best.buys == "numbers":
+        sentence = (
+            f"Simulated: {best.name} computes in float32 the numbers that the format would give. "
+            f"Its size and latency say nothing about a device that has the format."
+        )
+    else:
+        whole = measured.all[0].candidate.size_bytes
+        sentence = (
+            f"On this target {best.precision} buy size and no speed: "
+            f"{best.size_bytes / 1e6:.3g} MB instead of {whole / 1e6:.3g} MB, "
+            f"{whole / best.size_bytes:.1f} times smaller."
+        )
+    return Decision(best.name, True, (sentence,))
+
+
+def _sentence(candidate: Candidate, faster: bool) -> str:
+    if candidate.buys == "numbers":
+        return _loss_sentence(candidate)
+    ratio = candidate.speedup or {"value": 1.0, "low": 1.0, "high": 1.0, "verdict": "cannot tell"}
+    interval = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    speed = {
+        "faster": f"is {interval} as fast as the original",
+        "slower": f"is slower than the original ({interval})",
+        "cannot tell": f"cannot be told from the original in speed ({interval})",
+    }[str(ratio["verdict"])]
+    if candidate.score is None:
+        return f"{candidate.name} {speed}; accuracy was not verified (no --eval)."
+    loss = ""
+    if candidate.drop is not None:
+        points = candidate.drop["points"]
+        loss = f" and {'gains' if points < 0 else 'loses'} {abs(points):.2f} points of top-1"
+    limit = "" if candidate.allowed else ", more than --max-drop allows"
+    joint = loss if faster or not loss else loss.replace(" and", ", and")
+    return f"{candidate.name} {speed}{joint}{limit}."
+
+
+def _loss_sentence(candidate: Candidate) -> str:
+    if candidate.drop is None:
+        return f"{candidate.name} was not judged by top-1."
+    limit = "" if candidate.allowed else ", more than --max-drop allows"
+    return f"{candidate.name} loses {candidate.drop['points']:.2f} points of top-1{limit}."
