@@ -103,7 +103,7 @@ def _remainders(target: Target) -> list[Target]:
 
 RUNGS: Sequence[tuple[str, Rung]] = (
     ("better ranges", _ranges),
-    ("cross-layer equalisation", _before("equalize", relu6="replace")),
+    ("cross-layer equalisation", _before("equalize", relu6="bounded")),
     ("bias correction", _behind("correct_bias")),
     ("SmoothQuant", _before("smooth")),
     ("BatchNorm re-estimation", _behind("reestimate_batchnorm")),

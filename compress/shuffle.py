@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,9 +11,17 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.convenience as convenience
 
-from compress.model import Model
+from compress.model import Model, Step
 from compress.passes import Context
-from compress.rewrites import axis_size, constant_array, replace_constant, rewrite_all
+from compress.rewrites import (
+    STATISTICS,
+    axis_size,
+    constant_array,
+    listed,
+    output_statistics,
+    replace_constant,
+    rewrite_all,
+)
 from compress.target import Target
 
 
@@ -37,7 +47,20 @@ class ShuffleInConvolution:
         wanted = context.target.capabilities.costly_moves
         nodes = model.graph_model.graph if wanted else ()
         found = [shuffle for node in nodes if (shuffle := _shuffle(node)) is not None]
-        return rewrite_all(model, self.name, found, lambda graph, one: _select(graph, *one))
+        moved: dict[str, np.ndarray] = {}
+        rewritten = rewrite_all(model, self.name, found, lambda g, one: _select(g, *one, moved))
+        return _with_statistics(rewritten, moved)
+
+
+def _with_statistics(model: Model, moved: Mapping[str, np.ndarray]) -> Model:
+    """Record the statistics of convolutions anew whose channels have another order now."""
+    known = output_statistics(model)
+    changed = {n: (known[n][0][back], known[n][1][back]) for n, back in moved.items() if n in known}
+    if not changed:
+        return model
+    last = model.history[-1]
+    step = Step(last.name, last.options, {**last.details, STATISTICS: listed(known | changed)})
+    return dataclasses.replace(model, history=(*model.history[:-1], step))
 
 
 def _shuffle(node: ir.Node) -> tuple[ir.Value, ir.Value, np.ndarray] | None:
@@ -65,18 +88,28 @@ def _shuffle(node: ir.Node) -> tuple[ir.Value, ir.Value, np.ndarray] | None:
     return source, result, np.arange(channels).reshape(groups, width).T.reshape(-1)
 
 
-def _select(graph: ir.Graph, source: ir.Value, selected: ir.Value, order: np.ndarray) -> None:
-    """Let every reader of selected = source[:, order] read the source."""
+def _select(
+    graph: ir.Graph,
+    source: ir.Value,
+    selected: ir.Value,
+    order: np.ndarray,
+    moved: dict[str, np.ndarray],
+) -> None:
+    """Let every reader of selected = source[:, order] read the source.
+
+    `moved` gets the new order of channels of each convolution whose output has one.
+    """
     rest = selected.is_graph_output()
     for use in list(selected.uses()):
         node = use.node
         if node.op_type == "Split" and (parts := _parts(node, order)) is not None:
             for out, part in zip(node.outputs, parts, strict=True):
-                _select(graph, source, out, part)
+                _select(graph, source, out, part, moved)
         elif use.idx == 0 and _is_dense(node):
             _read(graph, node, source, order)
         elif use.idx == 0 and len(order) == axis_size(source, 1) and _permutes(node, order):
             _push(graph, node, source, order)
+            moved[node.name or ""] = np.argsort(order)
         else:
             rest = True
     if rest:

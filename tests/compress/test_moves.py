@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 from compress.channels_first import ChannelsFirst
 from compress.data import load_data
-from compress.model import Model
+from compress.model import Model, Step
 from compress.passes import Context, Pass
 from compress.reference import reference_session, run
+from compress.rewrites import STATISTICS, listed, output_statistics
 from compress.shuffle import ShuffleInConvolution
 from compress.testing import PassContract
+from quant.network import Network, to_torch
 from quant.ptq import Quantize
 from targets.onnxruntime import OnnxRuntime
 from targets.openvino import OpenVINO
@@ -113,8 +116,22 @@ def test_a_depthwise_convolution_keeps_the_order(onnx_model: Build) -> None:
         v=(3, 8, 1, 1),
         w=(4, 8, 3, 3),
     )
+    # What is known of the channels moves with them.
+    means = channel_means(model)
+    known = Step("fold", {}, {STATISTICS: listed({"dw": (means, np.arange(8.0))})})
+    model = dataclasses.replace(model, history=(*model.history, known))
     after, count = apply(ShuffleInConvolution(), model)
     assert (count, operators(after)) == (1, {"Conv": 3, "Concat": 1})
+    mean, deviation = output_statistics(after)["dw"]
+    np.testing.assert_allclose(mean, channel_means(after), rtol=1e-4, atol=1e-5)
+    assert sorted(deviation) == list(range(8))
+    assert not np.allclose(mean, means)
+
+
+def channel_means(model: Model) -> np.ndarray:
+    network = Network(model.graph_model)
+    found = network.run(to_torch(model.example(2)), keep=["d"])["d"]
+    return found.mean((0, 2, 3)).double().numpy()
 
 
 @pytest.mark.parametrize(
