@@ -75,7 +75,7 @@ class CorrectBias:
     def apply(self, model: Model, context: Context) -> Model:
         """The same plan with other biases; details say how many and by how much."""
         state = with_biases(state_of(model, self.name))
-        simulation = Simulation.of(state.graph_model, state.plan)
+        simulation = Simulation.of(state)
         known: dict[str, np.ndarray] = {}
         if self.source == "analytic" or (self.source == "auto" and context.calibration is None):
             known = analytic_shifts(model, simulation)
@@ -137,7 +137,7 @@ class ReestimateBatchNorm:
             UnsupportedError: no layer had a BatchNorm, or there is nothing to measure with.
         """
         state = with_biases(state_of(model, self.name))
-        simulation = Simulation.of(state.graph_model, state.plan)
+        simulation = Simulation.of(state)
         normed = output_statistics(model)
         chosen = {layer.step.name for layer in layers(simulation)} & set(normed)
         data, origin = calibration_data(model, context, self.samples)

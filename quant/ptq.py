@@ -219,7 +219,7 @@ class Quantize:
         if not isinstance(state, Quantized) or state.plan.dynamic:
             return None
         with torch.inference_mode():
-            found = Simulation.of(state.graph_model, state.plan).run(to_torch(inputs))
+            found = Simulation.of(state).run(to_torch(inputs))
         return {name: tensor.numpy() for name, tensor in found.items()}
 
     def _place(

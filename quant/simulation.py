@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from quant.fake import fake_quantize
 from quant.network import Network, Step
 from quant.plan import QuantPlan
 from quant.quantizer import qparams_from_range
+from quant.refine import Quantized
 from quant.spec import IntegerFormat, QParams, QuantSpec
 
 _ROUNDED = "\0rounded"
@@ -53,9 +53,9 @@ class Simulation:
         self._cache: dict[str, Tensor] = {}
 
     @classmethod
-    def of(cls, graph_model: ir.Model, plan: QuantPlan) -> Simulation:
-        """The simulation of a float graph."""
-        return cls(Network(graph_model), plan)
+    def of(cls, state: Quantized) -> Simulation:
+        """The simulation of what a quantized model was emitted from."""
+        return cls(Network(state.graph_model), state.plan, state.emulated)
 
     def run(self, inputs: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
         """The outputs; and the tensors named in `keep`, as their readers in int8 see them."""

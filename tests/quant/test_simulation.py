@@ -41,7 +41,7 @@ def context() -> Context:
 def folded(context: Context) -> Model:
     model = context.original
     model = dataclasses.replace(model, program=model.graph_model.clone())
-    for step in default_passes()[:-1]:
+    for step in default_passes()[:-2]:
         model = step.apply(model, context)
     return model
 
@@ -58,7 +58,7 @@ def outputs(model: Model) -> np.ndarray:
 def simulated(model: Model) -> np.ndarray:
     state = state_of(model, "test")
     with torch.no_grad():
-        found = Simulation.of(state.graph_model, state.plan).run(to_torch({"x": IMAGES}))
+        found = Simulation.of(state).run(to_torch({"x": IMAGES}))
     return next(iter(found.values())).numpy()
 
 
@@ -112,7 +112,7 @@ def test_every_format_is_emulated_to_the_last_bit(dtype: str) -> None:
 
 def test_layers_are_swept_in_order_and_see_what_was_changed_before(quantized: Model) -> None:
     state = state_of(quantized, "test")
-    simulation = Simulation.of(state.graph_model, state.plan)
+    simulation = Simulation.of(state)
     names, first = [], None
     with torch.no_grad():
         reference = Network(state.reference)
@@ -128,7 +128,7 @@ def test_layers_are_swept_in_order_and_see_what_was_changed_before(quantized: Mo
     assert names == [layer.step.name for layer in layers(simulation)]
     assert before.shape[0] == 4
     with torch.no_grad():
-        fresh = Simulation.of(state.graph_model, state.plan)
+        fresh = Simulation.of(state)
         unchanged = [got for _, _, got in sweep(reference, fresh, to_torch({"x": IMAGES[:4]}))]
     assert torch.equal(unchanged[0], before)
     assert not torch.equal(unchanged[1], second)
@@ -140,9 +140,9 @@ def test_a_corrected_bias_restores_the_mean_of_every_channel(
     coarse = coarsened(quantized, context)
     corrected = CorrectBias(samples=64).apply(coarse, context)
     state = state_of(corrected, "test")
-    simulation = Simulation.of(state.graph_model, state.plan)
+    simulation = Simulation.of(state)
     before = state_of(coarse, "test")
-    uncorrected = Simulation.of(before.graph_model, before.plan)
+    uncorrected = Simulation.of(before)
     with torch.no_grad():
         inputs = to_torch({"x": IMAGES})
         reference = Network(before.reference)
@@ -185,7 +185,7 @@ def test_reestimated_statistics_match_in_mean_and_deviation(
     found = ReestimateBatchNorm(samples=64).apply(coarse, context)
     normed = output_statistics(coarse)
     state = state_of(found, "test")
-    simulation = Simulation.of(state.graph_model, state.plan)
+    simulation = Simulation.of(state)
     checked = 0
     with torch.no_grad():
         for layer, expected, got in sweep(
