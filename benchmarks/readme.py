@@ -77,6 +77,37 @@ def limited() -> list[list[str]]:
     return rows
 
 
+def fragile() -> list[list[str]]:
+    """Drops of one documented call of each tool, in points of top-1; in brackets the speed-up."""
+    found = entries("quant_fragile")
+    networks = [key.partition("/")[0] for key in found if key.endswith("/default")]
+    labels = dict.fromkeys(
+        label for n in networks for label in found.get(f"{n}/peers", {}).get("drops", {})
+    )
+    rows = [["", *networks]]
+    ours = []
+    for network in networks:
+        entry = found[f"{network}/default"]
+        speed = f"{entry['speedup']['value']:.2f}x" if entry["speedup"] else "1x"
+        ours.append(f"{entry['drop']['points']:+.2f} ({artifact(entry['artifact'])}, {speed})")
+    rows.append(["`compress run --eval`", *ours])
+    for label in labels:
+        drops = [found.get(f"{n}/peers", {}).get("drops", {}).get(label) for n in networks]
+        rows.append([label, *(f"{d['points']:+.2f}" if d else "-" for d in drops)])
+    return rows
+
+
+def rungs(network: str) -> list[list[str]]:
+    """Drops of each rung alone, in points of top-1."""
+    cells = entries("quant_fragile")[f"{network}/grid"]["cells"]
+    names = dict.fromkeys(rung for column in cells.values() for rung in column)
+    rows = [["rung alone", *cells]]
+    for rung in names:
+        found = [column.get(rung, {}) for column in cells.values()]
+        rows.append([rung, *(f"{c['points']:+.2f}" if "points" in c else "-" for c in found)])
+    return rows
+
+
 def markdown(rows: list[list[str]]) -> str:
     """A table whose first row is the header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -91,6 +122,9 @@ def main() -> None:
         "zoo_latency_xeon": against_peers("zoo_latency_xeon"),
         "trained": trained(),
         "limited": limited(),
+        "fragile": fragile(),
+        "rungs_mobilenet": rungs("imagenet_mobilenet_v1_025"),
+        "rungs_resnet20": rungs("cifar10_resnet20"),
     }
     text = README.read_text()
     for name, rows in tables.items():

@@ -50,6 +50,7 @@ def losses_by_width(
         data,
         options=options,
         metrics=("mse",),
+        side="input",  # a plan gives an operator's width to what it reads
         samples=SAMPLES,
         cache=context.cache,
         progress=context.progress,

@@ -12,6 +12,7 @@ from quant.placement import GATES, clip_bounds
 from quant.plan import QuantPlan
 from quant.quantizer import quantize
 from quant.spec import QParams
+from quant.weight_only import write_product
 
 _STORAGE = {"int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
 """Element types that numpy does not have; the other formats are stored in their own."""
@@ -51,6 +52,11 @@ class _Emitter:
         if role is None:
             for out in node.outputs:
                 self.quantize_tensor(out, produced=False)
+            return
+        weight = node.inputs[1] if role == "matmul" else None
+        params = self.plan.constants.get(weight.name or "") if weight is not None else None
+        if params is not None and params.spec.group is not None:
+            write_product(self.graph, node, params)
             return
         if role == "activation":
             self.absorb(node)
@@ -239,7 +245,6 @@ class _Emitter:
                 params.zero_point.astype(storage),
                 params.axis,
                 name,
-                params.spec.group,
             )
         return self.floats[name]
 
@@ -250,7 +255,6 @@ class _Emitter:
         zero: np.ndarray,
         axis: int | None,
         name: str,
-        group: int | None = None,
     ) -> ir.Value:
         inputs = [
             integers,
@@ -258,7 +262,6 @@ class _Emitter:
             self.constant(f"{name}/zero", zero),
         ]
         attributes = {} if axis is None else {"axis": axis}
-        attributes |= {} if group is None else {"block_size": group}
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/dq")
         out = node.outputs[0]
         out.name, out.dtype, out.shape = f"{name}/dq", ir.DataType.FLOAT, integers.shape

@@ -1,8 +1,9 @@
 """Weights stored in 4 bits and computed with in float.
 
-In ONNX that is a DequantizeLinear behind an int4 initializer. ONNX Runtime fuses it with a matrix
-product into MatMulNBits, and OpenVINO keeps the constant compressed; before a convolution both
-expand it, so that there only the file gets smaller.
+A linear layer is written as MatMulNBits, ONNX Runtime's own operator, which OpenVINO reads too:
+both read the packed weights as they multiply. (From a DequantizeLinear ONNX Runtime makes it only
+where no activation follows.) Before a convolution a DequantizeLinear expands the weights in every
+run, so that there only the file gets smaller.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph import weight_input
-from compress.rewrites import constant_array, replace_constant
-from quant.spec import QuantSpec
+from compress.rewrites import constant_array, new_constant, replace_constant, replace_node
+from quant.quantizer import quantize
+from quant.spec import QParams, QuantSpec
 from quant.widths import SiteFormat
 
+_DOMAIN = "com.microsoft"
 _FLOAT = QuantSpec("bfloat16")
 
 
@@ -42,3 +45,33 @@ def untransposed(graph: ir.Graph, sites: Container[str]) -> None:
         name = node.inputs[1].name if node.inputs[1] is not None else None
         replace_constant(graph, node, 1, np.ascontiguousarray(array.T), name or f"{node.name}.w")
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
+
+
+def write_product(graph: ir.Graph, node: ir.Node, params: QParams) -> None:
+    """Replace a MatMul or Gemm with weights (K, N) by MatMulNBits and an Add for the bias.
+
+    It wants unsigned numbers with zero point 8, two in a byte, the groups of each output together:
+    (N, K / group, group / 2), and scales (N, K / group).
+    """
+    source, weight = node.inputs[0], node.inputs[1]
+    array = constant_array(weight)
+    if source is None or weight is None or array is None or params.spec.group is None:
+        return
+    group, (features, outputs) = params.spec.group, array.shape
+    numbers = (quantize(array, params).T + 8).astype(np.uint8).reshape(outputs, -1, group)
+    packed = numbers[..., 0::2] | (numbers[..., 1::2] << 4)
+    operands = [
+        source,
+        new_constant(graph, packed, f"{weight.name}_int4"),
+        new_constant(graph, np.ascontiguousarray(params.scale.T), f"{weight.name}/scale"),
+    ]
+    attributes = {"K": features, "N": outputs, "bits": 4, "block_size": group}
+    product = ir.node("MatMulNBits", operands, attributes, domain=_DOMAIN, name=node.name)
+    new = [product]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        middle, out = product.outputs[0], node.outputs[0]
+        middle.name, middle.shape, middle.type = f"{out.name}/product", out.shape, out.type
+        new.append(ir.node("Add", [middle, bias], name=f"{node.name}/Add"))
+    replace_node(graph, node, new)
+    graph.opset_imports.setdefault(_DOMAIN, 1)

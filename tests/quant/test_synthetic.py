@@ -53,6 +53,7 @@ def trained(network: nn.Module, shape: tuple[int, ...], seed: int = 0) -> nn.Mod
 
 
 def conv_network() -> nn.Module:
+    torch.manual_seed(0)
     return trained(
         nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
