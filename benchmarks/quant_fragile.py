@@ -154,7 +154,8 @@ def rungs(setting: Setting, quantize: Any) -> dict[str, Callable[[], Model]]:
     for label, (name, options) in BEFORE.items():
         found[label] = partial(made, [create_pass(name, **options), quantize])
     for label, (name, options) in BEHIND.items():
-        if label != "BRECQ" or quantize.bits == 4:  # it takes a minute, and only low bits need it
+        # It takes minutes, and only low bits need it.
+        if label != "BRECQ" or (quantize.bits == 4 and setting.name == "cifar10_resnet20"):
             found[label] = partial(made, [quantize, create_pass(name, **options)])
     every = [quantize, create_pass("correct_bias"), create_pass("reconstruct")]
     found["correct_bias and AdaRound"] = partial(made, every)

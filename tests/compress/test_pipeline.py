@@ -23,7 +23,10 @@ from compress.loading import load as load_model
 from compress.machine import this_machine
 from compress.model import Model
 from compress.pipeline import RunResult
+from compress.recipe import Recipe
+from compress.registry import create_pass
 from compress.report import SCHEMA_VERSION
+from compress.rungs import RUNGS
 
 FAST: dict[str, Any] = {"target": "onnxruntime", "threads": 1, "search_seconds": 0, "seconds": 0.5}
 INT8 = "onnxruntime int8"
@@ -345,3 +348,76 @@ def test_a_module_of_the_user_is_not_changed(tmp_path: Path) -> None:
     assert module.training
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_formats_that_are_simulated_are_judged_by_their_numbers(
+    files: Files, tmp_path: Path
+) -> None:
+    result = compress.run(
+        files.model,
+        calibration=files.data,
+        evaluate=files.data,
+        max_drop="100%",
+        bits="fp8",
+        simulate=True,
+        out=tmp_path / "out",
+        **FAST,
+    )
+    report = result.report
+    assert result.met
+    assert report.chosen == "onnxruntime simulated fp8"
+    assert report.candidate(report.chosen).buys == "numbers"
+    assert any(sentence.startswith("Simulated:") for sentence in report.headline)
+    assert report.gap["top1_agreement"] > 0.9
+    engine = compress.load(result.directory)
+    original = compress.artifact.open_engine(files.model, threads=1)
+    got, expected = engine({"x": files.x})["y"], original({"x": files.x})["y"]
+    assert not np.array_equal(got, expected)
+    assert np.linalg.norm(got - expected) < 0.2 * np.linalg.norm(expected)
+
+
+def test_four_bits_buy_size(files: Files, tmp_path: Path) -> None:
+    result = compress.run(files.model, bits=4, out=tmp_path / "out", **FAST)
+    report = result.report
+    assert result.met
+    assert report.chosen == "onnxruntime int4 weights"
+    assert "buy size and no speed" in " ".join(report.headline)
+    assert report.candidate(report.chosen).speedup is not None
+
+
+def test_sixteen_bits_need_a_runtime_that_has_them(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="--bits 16 needs a runtime"):
+        compress.run(files.model, bits=16, out=tmp_path / "out", **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sensitivity_is_measured_on_request(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = compress.run(files.model, calibration=files.x, sensitivity=True, out=out, **FAST)
+    rows = result.report.sensitivity
+    assert {row["format"] for row in rows} == {"8"}
+    assert {row["name"] for row in rows} <= {row["name"] for row in result.report.sites}
+    assert all(row["metrics"]["mse"] >= 0 for row in rows)
+    assert (out / "sensitivity.svg").read_text().startswith("<svg")
+    assert "sensitivity.svg" in (out / "report.md").read_text()
+
+
+def test_training_data_are_used_where_nothing_cheaper_helps(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.repair.RUNGS", RUNGS[-1:])  # the others have tests of their own
+    result = compress.run(
+        files.model,
+        calibration=files.x,
+        evaluate=files.data,
+        train=files.data,
+        recipe=Recipe((create_pass("quantize", bits=2, edge_bits=2, simulate=True),)),
+        max_drop=0,
+        out=tmp_path / "out",
+        **FAST,
+    )
+    first, last = result.report.ladder
+    assert last["rung"] == "quantization-aware training"
+    assert last["passes"] == ("qat",)
+    assert last["score"] is not None
+    assert last["sqnr_db"] != first["sqnr_db"]
