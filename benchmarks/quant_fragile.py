@@ -155,7 +155,8 @@ def rungs(setting: Setting, quantize: Any) -> dict[str, Callable[[], Model]]:
         found[label] = partial(made, [create_pass(name, **options), quantize])
     for label, (name, options) in BEHIND.items():
         # It takes minutes, and only low bits need it.
-        if label != "BRECQ" or (quantize.bits == 4 and setting.name == "cifar10_resnet20"):
+        low = quantize.bits == 4 and quantize.per_channel and setting.name == "cifar10_resnet20"
+        if label != "BRECQ" or low:
             found[label] = partial(made, [quantize, create_pass(name, **options)])
     every = [quantize, create_pass("correct_bias"), create_pass("reconstruct")]
     found["correct_bias and AdaRound"] = partial(made, every)

@@ -128,10 +128,10 @@ def main() -> None:
     }
     text = README.read_text()
     for name, rows in tables.items():
-        place = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        place = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- end -->)", re.DOTALL)
         if not place.search(text):
             raise SystemExit(f"{README} has no place for the table {name}.")
-        text = place.sub(lambda found, rows=rows: found[1] + markdown(rows) + found[2], text)
+        text = place.sub(lambda found, rows=rows: f"{found[1]}{markdown(rows)}\n<!-- end -->", text)
     README.write_text(text)
 
 
