@@ -124,7 +124,7 @@ def main() -> None:
         "limited": limited(),
         "fragile": fragile(),
         "rungs_mobilenet": rungs("imagenet_mobilenet_v1_025"),
-        "rungs_resnet20": rungs("cifar10_resnet20"),
+        "rungs_kws": rungs("kws_dscnn"),
     }
     text = README.read_text()
     for name, rows in tables.items():
