@@ -60,7 +60,7 @@ def widest(size: int, edges: Edges) -> int:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_no_assignment_is_better(problem: tuple[Costs, Edges]) -> None:
     costs, edges = problem
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused(costs: Costs, edges: Edges, message: str) 
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_knapsack_equals_brute_force(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 6))
     numbers = st.integers(0, 40)

@@ -308,7 +308,7 @@ def test_data_are_returned_as_they_are():
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=8),
     wanted=st.integers(1, 9),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_streams_are_cut_anew_without_loss(sizes, wanted):
     x = np.arange(sum(sizes) * 4, dtype=np.float32).reshape(-1, 4)
     parts = np.split(x, np.cumsum(sizes)[:-1])

@@ -61,7 +61,7 @@ class TestDepthwiseForm(PassContract):
     target = TARGET
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     pads=st.lists(st.integers(0, 3), min_size=4, max_size=4),
     own=st.lists(st.integers(0, 2), min_size=4, max_size=4),
@@ -126,7 +126,7 @@ def test_batchnorm_becomes_a_depthwise_convolution() -> None:
     np.testing.assert_allclose(now, before, atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     kernel=st.integers(1, 4),
     stride=st.integers(1, 3),

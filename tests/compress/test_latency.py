@@ -189,7 +189,7 @@ def test_interval_equals_that_of_plain_resampling(n):
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60), st.floats(0.5, 20))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_interval_lies_within_the_values_and_scales_with_them(values, factor):
     low, high = median_interval(np.array(values), np.random.default_rng(0))
     scaled = median_interval(np.array(values) * factor, np.random.default_rng(0))

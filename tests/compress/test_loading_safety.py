@@ -341,7 +341,7 @@ def test_compiled_code_inside_of_an_exported_archive(exported: Path, tmp_path: P
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_damaged_description_is_a_load_error(exported: Path, data: st.DataObject) -> None:
     """Whatever replaces a part of the description, cleaning it gives JSON or a LoadError."""
     with zipfile.ZipFile(exported) as archive:

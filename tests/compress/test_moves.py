@@ -74,7 +74,7 @@ def shuffled(
     return build(text, five=five, four=four, **weights)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     groups=st.integers(2, 4),
     width=st.integers(1, 5),

@@ -246,7 +246,7 @@ def random_graphs(draw: st.DrawFn) -> tuple[str, tuple[str, ...]]:
     return " ".join(lines), tuple(name for name in tensors[1:] if name not in read)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(graph=random_graphs())
 def test_any_graph_is_partitioned_in_an_order_that_can_run(
     network: Build, graph: tuple[str, tuple[str, ...]]

@@ -342,7 +342,7 @@ def test_a_steep_plot_is_logarithmic() -> None:
     st.lists(st.tuples(st.text(max_size=60), st.floats(-1e6, 1e6)), max_size=12),
     st.text(max_size=5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bars_are_as_long_as_their_values_are_large(
     log: bool, rows: list[tuple[str, float]], unit: str
 ) -> None:

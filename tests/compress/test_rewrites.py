@@ -73,7 +73,7 @@ def stored(model: Model, index: int) -> np.ndarray:
     return value.const_value.numpy()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.integers(1, 2),
@@ -119,7 +119,7 @@ def test_a_convolution_with_folded_norm_is_the_same(
     np.testing.assert_allclose(stored(done, 2), expected_bias, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     transposed=st.booleans(),
     alpha=st.sampled_from([1.0, 0.5]),

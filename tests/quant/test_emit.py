@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.candidates import int8_share
@@ -411,7 +411,6 @@ def test_a_scale_shared_with_a_wider_tensor_is_still_clipped() -> None:
     assert integer_limits((-50.0, np.inf), params) is None
 
 
-@settings(deadline=None)
 @given(
     scale=st.floats(1e-3, 1),
     zero=st.integers(0, 255),

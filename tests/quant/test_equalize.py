@@ -117,7 +117,7 @@ def networks(draw: st.DrawFn) -> tuple[str, Numbers]:
     return f"{body} y = Identity(h2)", constants
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(network=networks())
 def test_an_equalised_network_computes_the_same(
     onnx_model: Build, network: tuple[str, Numbers]

@@ -52,7 +52,7 @@ def unit(spec: QuantSpec, zero_point: float = 0.0) -> tuple[Tensor, Tensor]:
 @each_spec
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
 @given(x=tensors, axis=st.integers(-3, 2), tracked=st.booleans())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_values_are_those_of_the_quantizer_to_the_last_bit(
     spec: QuantSpec, granularity: str, x: np.ndarray, axis: int, tracked: bool
 ) -> None:

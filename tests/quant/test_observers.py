@@ -88,7 +88,7 @@ each_data = pytest.mark.parametrize("x", DATA.values(), ids=DATA.keys())
 
 
 @given(x=data, bins=st.integers(2, 64))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bins_hold_exactly_the_values_in_them(x: np.ndarray, bins: int) -> None:
     observer = observe(x, bins=bins)
     assert (observer.low, observer.high) == (x.min(), x.max())
@@ -101,7 +101,7 @@ def test_bins_hold_exactly_the_values_in_them(x: np.ndarray, bins: int) -> None:
 
 
 @given(x=data, cuts=st.lists(st.integers(0, 60), max_size=5), bins=st.sampled_from([2, 16, 2048]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_split_and_any_merge_give_the_same_observer(
     x: np.ndarray, cuts: list[int], bins: int
 ) -> None:
@@ -116,7 +116,7 @@ def test_any_split_and_any_merge_give_the_same_observer(
 
 
 @given(x=data)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_an_observer_survives_json(x: np.ndarray) -> None:
     observer = observe(x, x / 2)
     restored = HistogramObserver.from_dict(json.loads(json.dumps(observer.to_dict())))
@@ -207,7 +207,7 @@ def test_every_range_holds_zero_and_stays_inside(
 @each_method
 @each_spec
 @given(x=data)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_range_of_anything_is_a_range(
     method: RangeMethod, spec: QuantSpec, x: np.ndarray
 ) -> None:
@@ -276,7 +276,7 @@ def test_mse_is_near_the_best_range_for_every_format(spec: QuantSpec, name: str)
 @each_method
 @each_other_spec
 @given(x=data)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_every_format_gets_a_range_of_anything(
     method: RangeMethod, spec: QuantSpec, x: np.ndarray
 ) -> None:
@@ -289,7 +289,7 @@ batches = st.lists(data, min_size=1, max_size=6)
 
 
 @given(parts=batches)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_moving_average_follows_its_formula(parts: list[np.ndarray]) -> None:
     low, high = float(parts[0].min()), float(parts[0].max())
     for part in parts[1:]:

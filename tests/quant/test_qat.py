@@ -370,7 +370,7 @@ def test_a_scale_keeps_what_it_learned_for_each_format() -> None:
     assert scale.qparams("uint4").spec == options[1].spec
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**16),
     layout=st.sampled_from(
@@ -491,7 +491,7 @@ def test_samples_that_do_not_fit_into_memory_are_all_seen(
     assert {int(label) for batch in batches for label in batch.labels} == set(range(80)) - held
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**16), temperature=st.floats(0.5, 20))
 def test_distillation_is_the_scaled_divergence(seed: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -174,7 +174,7 @@ def test_impossible_qparams_are_refused(
 
 @each_spec
 @given(x=matrices, data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_qparams_survive_json(spec: QuantSpec, x: np.ndarray, data: st.DataObject) -> None:
     axis = data.draw(st.none() | st.integers(-x.ndim, x.ndim - 1))
     qparams = weight_qparams(x, spec if axis is None else per_channel(spec), axis)
@@ -185,7 +185,7 @@ def test_qparams_survive_json(spec: QuantSpec, x: np.ndarray, data: st.DataObjec
 
 @each_spec
 @given(x=vectors)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_error_is_at_most_half_a_step_inside_the_range(spec: QuantSpec, x: np.ndarray) -> None:
     qparams = weight_qparams(x, spec)
     half = half_step(x, qparams)
@@ -195,7 +195,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(spec: QuantSpec, x: np.nd
 
 @each_spec
 @given(x=vectors)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_zero_is_exact_and_order_is_kept(spec: QuantSpec, x: np.ndarray) -> None:
     qparams = weight_qparams(x, spec)
     assert fake_quantize(np.zeros(3, np.float32), qparams).tolist() == [0, 0, 0]
@@ -207,7 +207,7 @@ def test_zero_is_exact_and_order_is_kept(spec: QuantSpec, x: np.ndarray) -> None
 
 @each_spec
 @given(x=vectors)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_quantizing_twice_changes_nothing(spec: QuantSpec, x: np.ndarray) -> None:
     qparams = weight_qparams(x, spec)
     once = fake_quantize(x, qparams)
@@ -216,7 +216,7 @@ def test_quantizing_twice_changes_nothing(spec: QuantSpec, x: np.ndarray) -> Non
 
 @each_spec
 @given(x=matrices, data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_per_channel_equals_a_loop_of_per_tensor(
     spec: QuantSpec, x: np.ndarray, data: st.DataObject
 ) -> None:
@@ -248,7 +248,7 @@ def test_integers_equal_those_of_onnxruntime(dtype: str, symmetric: bool, axis: 
 
 @each_spec
 @given(x=matrices.filter(lambda x: x.ndim < 4), group=st.integers(2, 4), data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_per_group_equals_a_loop_of_per_tensor(
     spec: QuantSpec, x: np.ndarray, group: int, data: st.DataObject
 ) -> None:
@@ -273,7 +273,7 @@ def test_per_group_equals_a_loop_of_per_tensor(
 
 @pytest.mark.parametrize("spec", POWER_OF_TWO, ids=name_of)
 @given(x=vectors)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_powers_of_two_hold_the_range_and_half_of_them_would_not(
     spec: QuantSpec, x: np.ndarray
 ) -> None:
@@ -379,7 +379,7 @@ def test_ties_round_to_even_as_in_onnxruntime(zero_point: int) -> None:
 
 
 @given(low=values, high=values)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_known_formulas(low: float, high: float) -> None:
     """Krishnamoorthi, arXiv 1806.08342, sections 2.1 and 2.2."""
     low, high = min(low, high, 0.0), max(low, high, 0.0)

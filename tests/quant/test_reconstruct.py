@@ -109,7 +109,7 @@ def error(rounding: Rounding, quadratic: Quadratic, integers: Tensor) -> float:
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_chosen_roundings_are_neighbours_and_never_worse_than_nearest(
     inputs: int, outputs: int, groups: int, seed: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_chosen_roundings_are_neighbours_and_never_worse_than_nearest(
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_sweep_of_the_descent_lowers_the_error_or_keeps_it(seed: int) -> None:
     rounding, quadratic = problem(seed=seed)
     integers, errors = rounding.nearest, []

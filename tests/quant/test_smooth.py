@@ -151,7 +151,7 @@ CONSUMERS = {
 }
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     producer=st.sampled_from(sorted(PRODUCERS)),
     consumer=st.sampled_from(sorted(CONSUMERS)),

@@ -105,7 +105,7 @@ def test_what_is_no_width_is_refused(text: object) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_widths_are_spread_as_brute_force_would(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 5))
     parameters = {f"s{i}": data.draw(st.integers(1, 50)) for i in range(count)}
@@ -224,7 +224,7 @@ def test_a_pass_says_what_it_makes(bits: Any, makes: str, buys: str) -> None:
 
 
 @given(seed=st.integers(0, 100), bits=st.integers(2, 7))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_narrow_weight_errs_no_more_than_min_max(seed: int, bits: int) -> None:
     weight = np.random.default_rng(seed).laplace(size=(6, 40)).astype(np.float32)
     spec = QuantSpec(f"int{bits}", granularity="per_channel")  # type: ignore[arg-type]
