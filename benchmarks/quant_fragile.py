@@ -9,6 +9,7 @@ Parts, for each network:
 - grid: weights per tensor and per channel, 8, 6 and 4 bits, every rung of the ladder alone. 8 bits
   run in ONNX Runtime in int8; 6 bits (weights and activations) and 4 bits (weights; activations 8,
   and both 4) are simulated. Drops are paired, on the test samples.
+- ladder: the command itself at these widths, in ONNX Runtime, which climbs until the limit holds.
 - default: `compress run --eval` without any other option, judged on the test samples.
 - peers: one documented call of each other tool.
 - mixed: operators in higher precision by measured sensitivity against random choices of as many.
@@ -48,13 +49,14 @@ from compress.mixed import INT8
 from compress.model import Model
 from compress.passes import Context, Pass
 from compress.progress import terminal
-from compress.recipe import default_passes
+from compress.recipe import Recipe, default_passes
 from compress.regions import cut_regions
 from compress.registry import create_pass
 from targets.onnxruntime import OnnxRuntime
 
 NETWORKS = ("imagenet_mobilenet_v1_025", "kws_dscnn", "cifar10_resnet8", "cifar10_resnet20")
-PARTS = ("grid", "default", "peers", "mixed", "qat")
+PARTS = ("grid", "ladder", "default", "peers", "mixed", "qat")
+LIMIT = "0.3%"
 LIMITS = {"imagenet_mobilenet_v1_025": "1%", "kws_dscnn": "1%"}
 WIDTHS: Mapping[str, dict[str, Any]] = {
     "W8A8": {"bits": 8},
@@ -79,6 +81,7 @@ class Setting:
     """A network, its data, and its float model in the reference runtime."""
 
     name: str
+    shape: str
     module: Any
     exported: Model
     parts: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -115,7 +118,7 @@ def prepare(name: str, images: int) -> Setting:
     exported = to_onnx(load(module, inputs=[spec]), target.capabilities.opset)
     test = load_data(parts["test"], exported.inputs)
     before = top1(target.build(exported), test)
-    return Setting(name, module, exported, parts, target, test, before)
+    return Setting(name, spec, module, exported, parts, target, test, before)
 
 
 def grid(setting: Setting, _: argparse.Namespace) -> dict[str, Any]:
@@ -163,15 +166,48 @@ def rungs(setting: Setting, quantize: Any) -> dict[str, Callable[[], Model]]:
     return found
 
 
+def ladder(setting: Setting, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The command with each width and granularity; the rung that it ends on."""
+    cells: dict[str, Any] = {}
+    for width, options in WIDTHS.items():
+        for per_channel in (False, True):
+            key = f"{width}, {'per channel' if per_channel else 'per tensor'}"
+            print(f"   {key}", flush=True)
+            out = folder / f"{width}_{per_channel}".replace(" ", "_")
+            start = time.perf_counter()
+            result = pipeline.run(
+                setting.module,
+                target="onnxruntime",
+                inputs=[setting.shape],
+                calibration=setting.parts["calibrate"][0],
+                evaluate=setting.parts["select"],
+                max_drop=LIMITS.get(setting.name, LIMIT),
+                threads=2,
+                recipe=Recipe(default_passes(**options, per_channel=per_channel)),
+                search_seconds=0,
+                seconds=1,
+                repair_seconds=arguments.repair_time,
+                out=out,
+            )
+            cells[key] = {
+                "artifact": result.report.chosen,
+                "met": result.met,
+                "seconds": time.perf_counter() - start,
+                "ladder": [dict(row) for row in result.report.ladder],
+                **setting.drop(load_artifact(out)),
+            }
+    return {"cells": cells}
+
+
 def default(setting: Setting, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """`compress run` with calibration and evaluation data and nothing else."""
     start = time.perf_counter()
     result = pipeline.run(
         setting.module,
-        inputs=["x".join(map(str, (1, *setting.parts["test"][0].shape[1:])))],
+        inputs=[setting.shape],
         calibration=setting.parts["calibrate"][0],
         evaluate=setting.parts["select"],
-        max_drop=LIMITS.get(setting.name, "0.3%"),
+        max_drop=LIMITS.get(setting.name, LIMIT),
         threads=1,
         search_seconds=arguments.time,
         out=folder / "artifact",
@@ -298,8 +334,8 @@ def run_one(key: str, arguments: argparse.Namespace, folder: Path) -> dict[str, 
     """One part for one network."""
     name, _, part = key.partition("/")
     setting = prepare(name, arguments.images)
-    if part == "default":
-        return default(setting, arguments, folder)
+    if part in ("default", "ladder"):
+        return {"default": default, "ladder": ladder}[part](setting, arguments, folder)
     parts = {"grid": grid, "peers": rivals, "mixed": mixed, "qat": qat}
     return parts[part](setting, arguments)
 
@@ -346,12 +382,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="CIFAR test images")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement in `mixed`")
     parser.add_argument("--time", type=float, default=30.0, help="of the search in `default`")
+    parser.add_argument("--repair-time", type=float, default=60.0, help="of each climb in `ladder`")
     parser.add_argument("--train", type=int, default=20_000, help="CIFAR images of `qat`")
     parser.add_argument("--epochs", type=float, default=3.0, help="of `qat`")
     parser.add_argument("--results", type=Path, default=None, help="folder for the JSON file")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    names = ("images", "seconds", "time", "train", "epochs")
+    names = ("images", "seconds", "time", "repair_time", "train", "epochs")
     settings = {name: getattr(arguments, name) for name in names}
     results = Results("quant_fragile", settings, arguments.results)
     keys = [
