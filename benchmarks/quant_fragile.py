@@ -12,7 +12,7 @@ Parts, for each network:
 - ladder: the command itself at these widths, in ONNX Runtime, which climbs until the limit holds.
 - default: `compress run --eval` without any other option, judged on the test samples.
 - peers: one documented call of each other tool.
-- mixed: operators in higher precision by measured sensitivity against random choices of as many.
+- mixed: regions in float by measured sensitivity and measured cost, against as many random ones.
 - qat: 4-bit weights and activations after a short training with distillation (ResNet-20 only).
 
 Rungs and placements see the calibration and selection samples; figures are of the test samples.
@@ -42,16 +42,19 @@ from compress.assignment import assign_within
 from compress.data import Data, load_data
 from compress.errors import CompressError
 from compress.export import to_onnx
+from compress.fidelity import fidelity
 from compress.latency import measure
 from compress.loading import load
+from compress.lowering import lower
 from compress.metrics import Accuracy, paired_drop, top1
 from compress.mixed import INT8
 from compress.model import Model
 from compress.passes import Context, Pass
-from compress.progress import terminal
+from compress.progress import silent, terminal
 from compress.recipe import Recipe, default_passes
-from compress.regions import cut_regions
 from compress.registry import create_pass
+from compress.search import search
+from compress.workload import make_workload
 from targets.onnxruntime import OnnxRuntime
 
 NETWORKS = ("imagenet_mobilenet_v1_025", "kws_dscnn", "cifar10_resnet8", "cifar10_resnet20")
@@ -74,6 +77,8 @@ BEHIND: Mapping[str, tuple[str, dict[str, Any]]] = {
     "BRECQ": ("reconstruct", {"granularity": "block"}),
 }
 RANDOM_CHOICES = 20
+INT8_SHARE = 0.25
+"""Of the whole sensitivity, that may stay in int8 in `mixed`."""
 
 
 @dataclasses.dataclass
@@ -270,36 +275,58 @@ def accuracy_control(setting: Setting) -> Any:
 
 
 def mixed(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Sensitive regions in float against random ones, as many of them, at 6 simulated bits."""
+    """Sensitive regions in float against random ones, as many of them, in int8."""
+    found = {}
+    for per_channel in (False, True):
+        key = "per channel" if per_channel else "per tensor"
+        print(f"   {key}", flush=True)
+        found[key] = placements(setting, per_channel, arguments)
+    return {"granularities": found}
+
+
+def placements(
+    setting: Setting, per_channel: bool, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The knapsack of the ladder over measured costs, and random choices of as many regions."""
     context = setting.context()
-    folded = setting.folded(context)
-    quantize: Any = create_pass("quantize")
-    regions = [r for r in cut_regions(folded.graph_model) if r.macs]
-    sensitivity = quantize.sensitivity(folded, context)
+    context = dataclasses.replace(context, target=dataclasses.replace(setting.target, threads=1))
+    passes = [step for step in default_passes(per_channel=per_channel) if step.stage == "onnx"]
+    lowered = lower(setting.exported, passes[:-1], context)  # without the correction of biases
+    workload = make_workload(
+        setting.exported, context.calibration, batch=1, objective="latency", threads=1
+    )
+    searched = search(
+        setting.exported, [lowered], workload, seconds=arguments.time, seed=0, progress=silent
+    )
+    placement = searched.placements[setting.target.name]
+    placing: Any = lowered.placing
+    sensitivity = placing.sensitivity(lowered.float_model, context)
+    regions = placement.regions
     losses = [
-        {INT8: sum(sensitivity.get(s, 0.0) for s in r.sites), "float32": 0.0} for r in regions
+        {p: sum(sensitivity.get(s, 0.0) for s in region.sites) if p == INT8 else 0.0 for p in costs}
+        for region, costs in zip(regions, placement.costs_us, strict=True)
     ]
-    total = sum(loss[INT8] for loss in losses)
-    # Which regions: as few multiply-accumulates in float as the limit on the loss allows.
-    costs = [{INT8: 0.0, "float32": float(r.macs)} for r in regions]
-    chosen = assign_within(costs, [[] for _ in regions], losses, 0.25 * total)
-    count = chosen.count("float32")
+    limit = INT8_SHARE * sum(loss[INT8] for loss in losses)
+    chosen = assign_within(placement.costs_us, placement.edges, losses, limit)
+    floats = [p != INT8 for p in chosen]
     rng = np.random.default_rng(0)
-    policies = {"by sensitivity": {i for i, p in enumerate(chosen) if p == "float32"}}
+    choices = {"all int8": [False] * len(regions), "by sensitivity": floats}
     for index in range(RANDOM_CHOICES):
-        policies[f"random {index + 1}"] = set(rng.permutation(len(regions))[:count].tolist())
+        choices[f"random {index + 1}"] = rng.permutation(floats).tolist()
+    reference = context.target.build(setting.exported)
     engines, rows = {}, {}
-    one = dataclasses.replace(setting.target, threads=1)
-    for label, floats in {"all int8": set[int](), **policies}.items():
-        kept = tuple(s for i in floats for s in regions[i].sites)
-        step = dataclasses.replace(quantize, keep_float=kept)
-        copy = dataclasses.replace(folded, program=folded.graph_model.clone())
-        engines[label] = one.build(step.apply(copy, context))
-        rows[label] = {**setting.drop(engines[label]), "float_regions": len(floats)}
+    for label, choice in choices.items():
+        kept = tuple(s for r, wide in zip(regions, choice, strict=True) if wide for s in r.sites)
+        engines[label] = context.target.build(lowered.apply(kept))
+        close = fidelity(reference, engines[label], context.calibration)
+        rows[label] = {
+            **setting.drop(engines[label]),
+            "sqnr_db": close.sqnr_db,
+            "float_regions": sum(choice),
+        }
     inputs = setting.exported.example()
     calls = {label: partial(engine, inputs) for label, engine in engines.items()}
-    found = measure(calls, seconds=arguments.seconds)
-    for label, timing in found.timings.items():
+    for label, timing in measure(calls, seconds=arguments.seconds).timings.items():
         rows[label]["p50_ms"] = timing.p50_ms
     return {"regions": len(regions), "rows": rows}
 
@@ -350,18 +377,9 @@ def print_entry(key: str, entry: dict[str, Any], console: Console) -> None:
             cells = [column.get(rung, {}) for column in entry["cells"].values()]
             table.add_row(rung, *(f"{c['points']:.2f}" if "points" in c else "-" for c in cells))
         console.print(table)
-    elif "rows" in entry:
-        rows = entry["rows"]
-        others = [row for label, row in rows.items() if label.startswith("random")]
-        for label in ("all int8", "by sensitivity"):
-            row = rows[label]
-            console.print(f"{key}: {label}: {row['points']:+.2f} points, {row['p50_ms']:.3f} ms")
-        points = sorted(row["points"] for row in others)
-        times = sorted(row["p50_ms"] for row in others)
-        console.print(
-            f"{key}: {len(others)} random choices: {points[0]:+.2f} to {points[-1]:+.2f} points, "
-            f"median {np.median(points):+.2f}; {times[0]:.3f} to {times[-1]:.3f} ms"
-        )
+    elif "granularities" in entry:
+        for granularity, found in entry["granularities"].items():
+            print_choices(f"{key}, {granularity}", found["rows"], console)
     elif "drops" in entry:
         for label, found in entry["drops"].items():
             console.print(f"{key}: {label}: {found['points']:+.2f} points", markup=False)
@@ -372,6 +390,25 @@ def print_entry(key: str, entry: dict[str, Any], console: Console) -> None:
         loss, speed = entry["drop"], entry["speedup"]
         times = f"{speed['value']:.2f}x" if speed else "1x"
         console.print(f"{key}: {entry['artifact']}: {loss['points']:+.2f} points, {times}")
+
+
+def print_choices(key: str, rows: dict[str, Any], console: Console) -> None:
+    """The chosen placement, and the range of the random ones."""
+    others = [row for label, row in rows.items() if label.startswith("random")]
+    for label in ("all int8", "by sensitivity"):
+        row = rows[label]
+        console.print(
+            f"{key}: {label}: {row['points']:+.2f} points, {row['sqnr_db']:.1f} dB, "
+            f"{row['p50_ms']:.3f} ms"
+        )
+    points, close, times = (
+        sorted(row[name] for row in others) for name in ("points", "sqnr_db", "p50_ms")
+    )
+    console.print(
+        f"{key}: {len(others)} random choices: {points[0]:+.2f} to {points[-1]:+.2f} points, "
+        f"median {np.median(points):+.2f}; {close[0]:.1f} to {close[-1]:.1f} dB; "
+        f"{times[0]:.3f} to {times[-1]:.3f} ms"
+    )
 
 
 def main() -> None:

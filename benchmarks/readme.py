@@ -11,9 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import HERE
 from benchmarks.peers import EXECUTORCH, ORT_FLOAT, ORT_INT8, OV_INT8, OV_QDQ, OV_WIDE
 
+FORMS = ("+.2f", ".1f", ".3f")
+UNITS = ("", " dB", " ms")
 README = HERE.parent / "README.md"
 
 
@@ -108,6 +112,61 @@ def rungs(network: str) -> list[list[str]]:
     return rows
 
 
+def climbs() -> list[list[str]]:
+    """Drop of the command at each width and granularity, and the rung that it ends on."""
+    found = entries("quant_fragile")
+    networks = [key.partition("/")[0] for key in found if key.endswith("/ladder")]
+    rows = [["", *networks]]
+    for width in next(found[f"{n}/ladder"]["cells"] for n in networks):
+        cells = [found[f"{n}/ladder"]["cells"][width] for n in networks]
+        rows.append([width, *(f"{c['points']:+.2f} ({_last_rung(c)})" for c in cells)])
+    return rows
+
+
+def _last_rung(cell: Mapping[str, Any]) -> str:
+    kept = [row["rung"] for row in cell["ladder"] if row["kept"]]
+    if artifact(cell["artifact"]) == "float32":
+        return "float32"
+    return kept[-1] if kept else "at once"
+
+
+def choices() -> list[list[str]]:
+    """Placement of the ladder's knapsack beside random ones of as many regions in float."""
+    rows = [["network", "int8", "float regions", "by sensitivity", "20 at random"]]
+    for key, entry in entries("quant_fragile").items():
+        network, _, part = key.partition("/")
+        for granularity, found in entry.get("granularities", {}).items():
+            if part != "mixed" or network == "kws_dscnn":
+                continue  # of the keyword network float is as fast, and the knapsack takes it
+            every, chosen = found["rows"]["all int8"], found["rows"]["by sensitivity"]
+            others = [row for label, row in found["rows"].items() if label.startswith("random")]
+            names = ("points", "sqnr_db", "p50_ms")
+            low, middle, high = (
+                {name: float(np.quantile([row[name] for row in others], q)) for name in names}
+                for q in (0, 0.5, 1)
+            )
+            ranges = [
+                f"{middle[name]:{form}} [{low[name]:{form}}, {high[name]:{form}}]{unit}"
+                for name, form, unit in zip(names, FORMS, UNITS, strict=True)
+            ]
+            rows.append(
+                [
+                    f"{network}, {granularity}",
+                    _three(every),
+                    f"{chosen['float_regions']} of {found['regions']}",
+                    _three(chosen),
+                    ", ".join(ranges),
+                ]
+            )
+    return rows
+
+
+def _three(row: Mapping[str, Any]) -> str:
+    names = ("points", "sqnr_db", "p50_ms")
+    cells = zip(names, FORMS, UNITS, strict=True)
+    return ", ".join(f"{row[name]:{form}}{unit}" for name, form, unit in cells)
+
+
 def markdown(rows: list[list[str]]) -> str:
     """A table whose first row is the header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -124,7 +183,9 @@ def main() -> None:
         "limited": limited(),
         "fragile": fragile(),
         "rungs_mobilenet": rungs("imagenet_mobilenet_v1_025"),
-        "rungs_kws": rungs("kws_dscnn"),
+        "rungs_resnet20": rungs("cifar10_resnet20"),
+        "climbs": climbs(),
+        "choices": choices(),
     }
     text = README.read_text()
     for name, rows in tables.items():

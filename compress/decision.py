@@ -29,7 +29,7 @@ def choose(measured: Measured, limits: Limits) -> Decision:
     for one in measured.all[1:]:
         candidate, ratio = one.candidate, one.candidate.speedup
         faster = ratio is not None and ratio["verdict"] == "faster"
-        sentences.append(_sentence(candidate, faster))
+        sentences.append(_sentence(candidate, faster, limits))
         if ratio is not None and faster and candidate.allowed and ratio["value"] > fastest:
             best, fastest = candidate.name, ratio["value"]
     asked = _asked_for(measured)
@@ -77,7 +77,7 @@ def _asked_for(measured: Measured) -> Decision | None:
     return Decision(best.name, True, (sentence,))
 
 
-def _sentence(candidate: Candidate, faster: bool) -> str:
+def _sentence(candidate: Candidate, faster: bool, limits: Limits) -> str:
     if candidate.buys == "numbers":
         return _loss_sentence(candidate)
     ratio = candidate.speedup or {"value": 1.0, "low": 1.0, "high": 1.0, "verdict": "cannot tell"}
@@ -88,7 +88,8 @@ def _sentence(candidate: Candidate, faster: bool) -> str:
         "cannot tell": f"cannot be told from the original in speed ({interval})",
     }[str(ratio["verdict"])]
     if candidate.score is None:
-        return f"{candidate.name} {speed}; accuracy was not verified (no --eval)."
+        reason = "no --eval" if limits.max_drop is None else "a faster one keeps the limit"
+        return f"{candidate.name} {speed}; accuracy was not verified ({reason})."
     loss = ""
     if candidate.drop is not None:
         points = candidate.drop["points"]

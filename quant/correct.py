@@ -73,9 +73,19 @@ class CorrectBias:
         """Applies to every target."""
 
     def apply(self, model: Model, context: Context) -> Model:
-        """The same plan with other biases; details say how many and by how much."""
-        state = with_biases(state_of(model, self.name))
-        simulation = Simulation.of(state)
+        """The same plan with other biases; details say how many and by how much.
+
+        A graph that cannot be simulated keeps its biases; details say why.
+        """
+        options = dataclasses.asdict(self)
+        before = state_of(model, self.name)
+        state = with_biases(before)
+        try:
+            simulation = Simulation.of(state)
+        except UnsupportedError as error:
+            return emitted(
+                model, before, self.name, options, {"corrected": 0, "skipped": str(error)}
+            )
         known: dict[str, np.ndarray] = {}
         if self.source == "analytic" or (self.source == "auto" and context.calibration is None):
             known = analytic_shifts(model, simulation)
@@ -100,7 +110,6 @@ class CorrectBias:
             "data": origin,
             "mean_shift": float(np.mean(sizes)) if sizes else 0.0,
         }
-        options = dataclasses.asdict(self)
         after = dataclasses.replace(state, graph_model=corrected)
         return emitted(model, after, self.name, options, details)
 

@@ -176,15 +176,29 @@ class Quantize:
             "samples": samples,
             "simulated": self.simulate,
             "bits": {name: width for name, width in chosen.items() if width != NATIVE},
-            "reasons": dict(plan.reasons),
+            "reasons": {**plan.reasons, **self._wide(chosen, narrow)},
             "plan": plan.to_dict(),
             STATE: state,
         }
         options = {**dataclasses.asdict(self), "keep_float": list(self.keep_float)}
         return model.evolve(emit(state), Step(self.name, options, details))
 
+    def _wide(self, chosen: Mapping[str, Width], narrow: Mapping[str, Width]) -> dict[str, str]:
+        """Why operators compute in float although they were compressed."""
+        if self.simulate:
+            return dict.fromkeys(chosen, "simulated: computed in float32 with rounded values")
+        return {
+            name: f"its weights are stored in {width} bits and computed with in float"
+            for name, width in narrow.items()
+        }
+
     def other_ranges(self) -> tuple[Quantize, ...]:
-        """The same with every other way to choose ranges from what calibration saw."""
+        """The same with every other way to choose ranges from what calibration saw.
+
+        None where only weights are stored in few bits: no range is chosen then.
+        """
+        if not self.simulate and NATIVE not in self.widths:
+            return ()
         others: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "entropy")
         return tuple(dataclasses.replace(self, method=m) for m in others if m != self.method)
 

@@ -124,6 +124,9 @@ def test_the_sentence_says_what_was_lost() -> None:
         measured(candidate("int8", 2.0, "faster")), Limits(None, None)
     ).sentences
     assert "accuracy was not verified (no --eval)" in unverified
+    two = candidate("bfloat16", 1.5, "faster", False)
+    (_, unneeded, *_) = choose(measured(one, two), Limits.parse("3%", None, True)).sentences
+    assert unneeded.endswith("accuracy was not verified (a faster one keeps the limit).")
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,7 @@ def test_formats_that_are_simulated_are_judged_by_their_numbers(
     assert report.chosen == "onnxruntime simulated fp8"
     assert report.candidate(report.chosen).buys == "numbers"
     assert any(sentence.startswith("Simulated:") for sentence in report.headline)
+    assert all(r["reason"].startswith("simulated:") for r in report.sites if r["macs"])
     assert report.gap["top1_agreement"] > 0.9
     engine = compress.load(result.directory)
     original = compress.artifact.open_engine(files.model, threads=1)
@@ -382,6 +383,8 @@ def test_four_bits_buy_size(files: Files, tmp_path: Path) -> None:
     assert result.met
     assert report.chosen == "onnxruntime int4 weights"
     assert "buy size and no speed" in " ".join(report.headline)
+    counted = {row["name"]: row["reason"] for row in report.sites if row["macs"]}
+    assert set(counted.values()) == {"its weights are stored in 4 bits and computed with in float"}
     assert report.candidate(report.chosen).speedup is not None
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from compress.data import load_data
+from compress.graph import graph_sha256
 from compress.model import Model
 from compress.passes import Context
 from compress.recipe import default_passes
@@ -234,3 +236,19 @@ def test_the_analytic_shift_is_close_to_the_measured_one(
     assert analytic.history[-1].details["analytic"] >= 1
     assert not np.array_equal(before, first)
     assert not np.array_equal(first, second)
+
+
+def test_biases_of_a_graph_that_cannot_be_simulated_stay(onnx_model: Callable[..., Model]) -> None:
+    text = """g (float[batch,3,8,8] x) => (float[batch,4,8,8] y) {
+        [conv] c = Conv<pads=[1,1,1,1]>(x, w)
+        [shrink] y = Shrink(c)
+    }"""
+    model = onnx_model(text, w=(4, 3, 3, 3))
+    data = load_data(IMAGES[:, :, :8, :8], model.inputs)
+    target = create_target("onnxruntime", threads=1)
+    context = Context(target=target, original=model, calibration=data)
+    quantized = Quantize().apply(model, context)
+    same = CorrectBias().apply(quantized, context)
+    assert state_of(same, "test").plan.constants
+    assert "Shrink" in same.history[-1].details["skipped"]
+    assert graph_sha256(same.graph_model) == graph_sha256(quantized.graph_model)

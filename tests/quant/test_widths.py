@@ -221,6 +221,7 @@ def test_the_edges_of_a_simulated_network_keep_eight_bits(exported: Model) -> No
 def test_a_pass_says_what_it_makes(bits: Any, makes: str, buys: str) -> None:
     assert (Quantize(bits=bits).makes, Quantize(bits=bits).buys) == (makes, buys)
     assert Quantize(bits=bits, simulate=True).buys == "numbers"
+    assert bool(Quantize(bits=bits).other_ranges()) == (bits != 4)  # weights only have no ranges
 
 
 @given(seed=st.integers(0, 100), bits=st.integers(2, 7))
