@@ -57,6 +57,10 @@ class FusablePattern:
         float_operand: of two operands, one that an int8 kernel writes for this operator alone may
             stay float: the runtime fuses the operator into that kernel, or reads float anyway.
         symmetric: activations that it reads want zero point 0: where they have two signs, as int8.
+        fused_operand: of two operands in int8, one that an int8 kernel writes for this operator
+            alone stays float: the operator is computed inside that kernel.
+        shared_scale: operands in int8 share one scale.
+        after: of an epilogue, the roles that it may follow.
     """
 
     op: str
@@ -66,6 +70,9 @@ class FusablePattern:
     max_rank: int | None = None
     float_operand: bool = False
     symmetric: bool = False
+    fused_operand: bool = False
+    shared_scale: bool = False
+    after: tuple[Role, ...] = ("matmul",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,9 @@ class Capabilities:
         activation: integer type of activations that the int8 kernels are fast with.
         weight: integer type of weights.
         reduced_weights: weights use 7 of 8 bits, so that int16 accumulation cannot saturate.
+        restricted_weights: weights leave out the most negative integer, -128 of int8.
+        float_constants: only weights of multiply-accumulates are integers; biases and other
+            constant operands stay float.
         per_channel: weights may have one scale per output channel.
         linear: what a linear layer on inputs of rank 3 and more is fastest as.
         costly_moves: moving activations (transpose, channel shuffle) takes longer than additional
@@ -86,6 +96,9 @@ class Capabilities:
         int8_dot_product: the machine has an int8 dot-product instruction.
         patterns: operators that run in int8.
         weight_only: formats of weights that are stored and computed with in float.
+        weight_groups: numbers of weights that may share a scale in such a format, where only
+            ONNX's own blocked DequantizeLinear before a linear layer is understood; empty where
+            ONNX Runtime's MatMulNBits is, with groups of any size.
         notes: sentences for the user before work starts.
     """
 
@@ -95,12 +108,15 @@ class Capabilities:
     activation: Literal["uint8", "int8"] = "uint8"
     weight: Literal["int8"] = "int8"
     reduced_weights: bool = False
+    restricted_weights: bool = False
+    float_constants: bool = False
     per_channel: bool = True
     linear: Literal["Gemm", "MatMul"] = "MatMul"
     costly_moves: bool = False
     int8_dot_product: bool = True
     patterns: tuple[FusablePattern, ...] = ()
     weight_only: tuple[str, ...] = ()
+    weight_groups: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     def pattern(self, op: str) -> FusablePattern | None:
