@@ -15,7 +15,7 @@ import typer
 
 from compress import options
 from compress.errors import OutputError, UsageError
-from compress.exits import NOT_MET, explain
+from compress.exits import NOT_MET, PREPARED, explain
 
 if TYPE_CHECKING:
     from compress.model import TensorSpec
@@ -46,7 +46,7 @@ def _root(
     """Make a trained model small and fast for one target, and prove it with measurements.
 
     Exit codes: 0 done and within the budget, 1 budget not met or nothing faster found,
-    2 wrong usage or input, 3 unexpected error, 130 stopped.
+    2 wrong usage or input, 3 unexpected error, 4 prepared for `compress build`, 130 stopped.
     """
 
 
@@ -170,6 +170,7 @@ def run(
         _print_json(
             {
                 "met": result.met,
+                "built": result.built,
                 "directory": str(result.directory),
                 "report": result.report.to_dict(),
             }
@@ -180,7 +181,55 @@ def run(
 
         render_report(result.report, render.console())
         typer.echo(f"Artifact: {result.directory}")
+    if not result.built:
+        raise typer.Exit(PREPARED)
     if not result.met:
+        raise typer.Exit(NOT_MET)
+
+
+@_command(
+    "build",
+    "compress build model-tensorrt",
+    "compress build model-tensorrt --eval test.npz --seconds 30",
+)
+def build(
+    directory: options.PreparedDirectory,
+    evaluate: options.Evaluate = None,
+    layout: options.Layout = "auto",
+    mean: options.Mean = None,
+    std: options.Std = None,
+    seconds: options.RecipeSeconds = None,
+    seed: options.RecipeSeed = None,
+    as_json: options.Json = False,
+) -> None:
+    """Finish an artifact on the machine that has the hardware.
+
+    Builds every candidate that `compress run` prepared, measures them in turns, keeps the fastest
+    that holds the budget and completes the report. Engines that were built before an interruption
+    are not built again.
+    """
+    means, deviations = _numbers(mean, "--mean"), _numbers(std, "--std")
+    from compress import building
+
+    report = building.build(
+        directory,
+        evaluate=evaluate,
+        layout=layout,
+        mean=means,
+        std=deviations,
+        seconds=seconds,
+        seed=seed,
+        progress=_progress(),
+    )
+    if as_json:
+        _print_json({"met": report.met, "directory": str(directory), "report": report.to_dict()})
+    else:
+        from compress import render
+        from compress.report.terminal import render as render_report
+
+        render_report(report, render.console())
+        typer.echo(f"Artifact: {directory}")
+    if not report.met:
         raise typer.Exit(NOT_MET)
 
 

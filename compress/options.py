@@ -20,6 +20,14 @@ Built = Annotated[
     str,
     typer.Argument(metavar="A", help="An artifact directory or a model file.", show_default=False),
 ]
+PreparedDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="What `compress run` wrote for a target that is built on another machine.",
+        show_default=False,
+    ),
+]
 Factory = Annotated[
     str | None,
     typer.Option(

@@ -18,7 +18,7 @@ from compress.passes import Pass
 from compress.recipe import Recipe, default_passes
 from compress.registry import create_target
 from compress.search import DEFAULT_SECONDS
-from compress.target import Target
+from compress.target import BuiltElsewhere, Target
 
 HALF = ("bfloat16", "float16")
 
@@ -53,7 +53,10 @@ class Settings:
         streams = None
         if self.objective == "throughput":
             streams = self.threads or this_machine().cores
-        return create_target(self.target, threads=self.threads, streams=streams)
+        target = create_target(self.target, threads=self.threads, streams=streams)
+        if isinstance(target, BuiltElsewhere) and hasattr(target, "batch"):
+            return dataclasses.replace(target, batch=self.batch)  # type: ignore[type-var]
+        return target
 
     @classmethod
     def resolve(cls, given: dict[str, Any], recipe: Recipe | None) -> Settings:

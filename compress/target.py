@@ -6,10 +6,10 @@ adding a method; profiling and prediction are functions over a target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -228,6 +228,44 @@ class Adjustable(Protocol):
 
     def settings(self) -> tuple[Target, ...]:
         """Itself with other settings, the most promising first."""
+
+
+@runtime_checkable
+class BuiltElsewhere(Target, Protocol):
+    """A target whose engines may have to be built on another machine, the one with its hardware.
+
+    `check` says whether they can be built here. `compress run` makes, judges and writes the input
+    of the build anywhere; `compress build` builds where the hardware is. A field `batch`, where
+    the target has one, is set to the batch that is asked for.
+    """
+
+    def check_input(self, model: Model) -> tuple[str, ...]:
+        """What the builder should know of a candidate's graph, which is fit to be built.
+
+        Raises:
+            UnsupportedError: it breaks rules of the target; the message names them.
+        """
+
+    def build_sheet(self, inputs: tuple[TensorSpec, ...]) -> Mapping[str, Any]:
+        """How it is to be built, as plain values for people and other tools."""
+
+    def builder(self) -> Mapping[str, str]:
+        """Library and hardware that build here, by name; engines of other builders do not load."""
+
+    def build_in(self, model: Model, folder: Path) -> Engine:
+        """`build`, with what one build learns for the next (timing caches) kept in `folder`.
+
+        Raises:
+            EngineError: the runtime refuses the model.
+        """
+
+
+@runtime_checkable
+class DeviceTimed(Protocol):
+    """An engine on a device with a clock of its own."""
+
+    def timed(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """A function that runs once on inputs that lie on the device, and returns its seconds."""
 
 
 def runtimes(target: Target) -> tuple[Target, ...]:
