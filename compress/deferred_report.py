@@ -140,8 +140,9 @@ def _first_sentences(given: Preparation) -> list[str]:
         return []
     return [
         f"The {given.target.name} engine is not built and nothing is measured: that needs the GPU "
-        f"machine. Run `compress build` on a copy of this directory there: it builds and measures "
-        f"every candidate, keeps the fastest that holds the budget and completes this report.",
+        f"machine. `compress build DIR` finishes the job there, where DIR is a copy of this "
+        f"directory: it builds and measures every candidate, keeps the fastest that holds the "
+        f"budget and completes this report.",
         f"Missing here: {check.reason}",
     ]
 
