@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
+import onnx.defs
 import onnx_ir as ir
 import onnx_ir.convenience as convenience
 
@@ -29,14 +30,20 @@ SENSITIVE = frozenset(
     """.split()
 )
 """Sums of many elements, and functions that leave the range of float16."""
-_FLOAT_ONLY = frozenset(
+_LEFT_ALONE = {
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), "its state sums up over many steps"),
+    **dict.fromkeys(("If", "Loop", "Scan"), "it has subgraphs"),
+    **dict.fromkeys(("Constant", "ConstantOfShape", "EyeLike", "Range"), "it makes float32"),
+    **dict.fromkeys(("RandomNormal", "RandomNormalLike", "RandomUniform"), "it makes float32"),
+    "RandomUniformLike": "it makes float32",
+}
+_ARITHMETIC = frozenset(
     """
-    Constant ConstantOfShape DFT EyeLike GRU If LSTM Loop MelWeightMatrix NonMaxSuppression
-    RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range RNN RoiAlign STFT Scan
+    Add Cast Ceil Concat Div Floor Gather Max Min Mul Neg Reciprocal Reshape Round Slice Squeeze
+    Sqrt Sub Unsqueeze
     """.split()
 )
-"""Operators without a half form in ONNX or in runtimes, recurrent ones, and those with subgraphs."""
-_FLOAT_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
+"""What sizes and positions are computed with; above 2048 float16 does not count in ones."""
 _DEVIATIONS = 6
 """Of an output from its mean, within which its values are taken to lie."""
 _SCALE_ERROR = 2.0**-8
@@ -44,6 +51,8 @@ _SCALE_ERROR = 2.0**-8
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 _LEAST_OPSET = 19
 """In which QuantizeLinear and DequantizeLinear take scales in half precision."""
+_BFLOAT16_OPSET = 22
+"""In which convolutions and poolings take bfloat16; 21 differs from it in types alone."""
 
 
 def to_half(
@@ -69,17 +78,11 @@ def to_half(
 
     Raises:
         UsageError: there is no such type, or no operator of a name in `keep_float`.
-        UnsupportedError: the model has Q/DQ and an opset in which their scales are float32.
+        UnsupportedError: the model's opset does not have the type where it is needed.
     """
-    kept = float_operators(graph_model.graph, dtype, keep_float, statistics)
-    pairs = any(node.op_type in _QUANTIZING for node in graph_model.graph)
-    opset = graph_model.opset_imports.get("", 0)
-    if pairs and opset < _LEAST_OPSET:
-        raise UnsupportedError(
-            f"The model has ONNX opset {opset}, in which Q/DQ scales are float32; {dtype} needs "
-            f"opset {_LEAST_OPSET}. Export the model again."
-        )
     model = graph_model.clone()
+    _check_opset(model, dtype)
+    kept = float_operators(model.graph, dtype, keep_float, statistics)
     typer = _Typer(model.graph, dtype, kept.keys())
     if not float_interface:
         typer.retype_inputs()
@@ -90,6 +93,20 @@ def to_half(
     return model
 
 
+def _check_opset(model: ir.Model, dtype: HalfType) -> None:
+    """Raise opset 21 to 22 where bfloat16 needs it; refuse what is too old."""
+    opset = model.opset_imports.get("", 0)
+    if dtype == "bfloat16" and opset == _BFLOAT16_OPSET - 1:
+        opset = model.opset_imports[""] = _BFLOAT16_OPSET
+    pairs = any(node.op_type in _QUANTIZING for node in model.graph)
+    least = _BFLOAT16_OPSET if dtype == "bfloat16" else _LEAST_OPSET if pairs else 0
+    if opset < least:
+        raise UnsupportedError(
+            f"The model has ONNX opset {opset}, and {dtype} needs {least}: before, operators and "
+            f"the scales of Q/DQ do not take it. Export the model again."
+        )
+
+
 def float_operators(
     graph: ir.Graph,
     dtype: HalfType = "float16",
@@ -97,6 +114,12 @@ def float_operators(
     statistics: Statistics | None = None,
 ) -> dict[str, str]:
     """Operators that stay in float32, by name, with the reason.
+
+    Args:
+        graph: the float graph, or one with Q/DQ.
+        dtype: the type of the others.
+        keep_float: names of operators that stay in float32 whatever they are.
+        statistics: see `to_half`.
 
     Raises:
         UsageError: there is no such type, or no operator of a name in `keep_float`.
@@ -110,7 +133,7 @@ def float_operators(
             f"keep_float names {', '.join(unknown)}, which the graph does not have; `compress "
             f"inspect MODEL` lists the names."
         )
-    limits = ml_dtypes.finfo(dtype)
+    limits, opset = ml_dtypes.finfo(dtype), graph.opset_imports.get("", 0)
     reasons: dict[str, str] = {}
     for node in graph:
         name = node.name or ""
@@ -120,9 +143,11 @@ def float_operators(
             reasons[name] = f"operators of {node.domain} are left as they are"
         elif node.op_type in SENSITIVE:
             reasons[name] = f"{node.op_type} loses too much in half precision"
-        elif node.op_type in _FLOAT_ONLY:
-            reasons[name] = f"{node.op_type} has no half form"
-        elif node.op_type not in _QUANTIZING and (reason := _out_of_range(node, limits)):
+        elif node.op_type in _LEFT_ALONE:
+            reasons[name] = _LEFT_ALONE[node.op_type]
+        elif not takes(node, 0, opset, dtype):
+            reasons[name] = f"{node.op_type} has no {dtype} form in ONNX opset {opset}"
+        elif node.op_type not in _QUANTIZING and (reason := _out_of_range(node, opset, dtype)):
             reasons[name] = f"{reason} in {dtype}"
         elif statistics is not None and name in statistics:
             mean, deviation = statistics[name]
@@ -131,13 +156,26 @@ def float_operators(
     return reasons
 
 
-def _out_of_range(node: ir.Node, limits: ml_dtypes.finfo) -> str:
+def takes(node: ir.Node, index: int, opset: int, dtype: HalfType) -> bool:
+    """Whether ONNX allows a type for an input of an operator; true where it has no such input."""
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    if not schema.inputs:
+        return True
+    declared = schema.inputs[min(index, len(schema.inputs) - 1)]
+    return f"tensor({dtype})" in declared.types or "tensor(float)" not in declared.types
+
+
+def _out_of_range(node: ir.Node, opset: int, dtype: HalfType) -> str:
     """Whether a constant overflows, or a single number becomes 0."""
+    limits = ml_dtypes.finfo(dtype)
     for index, value in enumerate(node.inputs):
         tensor = convenience.get_const_tensor(value) if value is not None else None
         if tensor is None or tensor.dtype != ir.DataType.FLOAT:
             continue
-        if index in _FLOAT_INPUTS.get(node.op_type, ()):
+        if not takes(node, index, opset, dtype):
             continue
         numbers = np.abs(tensor.numpy())
         finite = numbers[np.isfinite(numbers)]
@@ -152,11 +190,13 @@ class _Typer:
     """Goes through the operators in order and gives each the type that it is to compute in."""
 
     def __init__(self, graph: ir.Graph, dtype: HalfType, kept: Collection[str]) -> None:
-        self.graph, self.kept = graph, kept
+        self.graph, self.kept, self.dtype = graph, kept, dtype
+        self.opset = graph.opset_imports.get("", 0)
         self.half = ir.DataType.FLOAT16 if dtype == "float16" else ir.DataType.BFLOAT16
         self.numpy: np.dtype = self.half.numpy()
         self.types: Types = element_types(graph)
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.counts: set[ir.Value] = set()
 
     def retype_inputs(self) -> None:
         """Make the model's own inputs half."""
@@ -170,8 +210,10 @@ class _Typer:
             self.quantize(node)
         elif node.op_type == "DequantizeLinear":
             self.dequantize(node)
+        elif self.computes_counts(node):
+            self.counts.update(node.outputs)
         elif node.op_type == "Cast" and node.name not in self.kept:
-            if node.attributes.get_int("to") == ir.DataType.FLOAT:
+            if node.attributes.get_int("to", 0) == ir.DataType.FLOAT:
                 node.attributes["to"] = ir.AttrInt64("to", int(self.half))
         elif node.op_type in ("Shape", "Size"):
             pass
@@ -185,15 +227,26 @@ class _Typer:
             elif found is not None:
                 self.types[out] = found
 
+    def computes_counts(self, node: ir.Node) -> bool:
+        """Whether an operator computes sizes or positions: numbers that come from int64 alone."""
+        if node.op_type not in _ARITHMETIC:
+            return False
+        values = [v for v in node.inputs if v is not None and v.const_value is None]
+        if node.op_type == "Cast" and self.types.get(values[0]) == ir.DataType.INT64:
+            return True
+        floats = [v for v in values if self.types.get(v) in (ir.DataType.FLOAT, self.half)]
+        return bool(floats) and all(value in self.counts for value in floats)
+
     def take(self, node: ir.Node, wanted: ir.DataType) -> None:
         """Let every floating-point input of an operator have the wanted type."""
         for index, value in enumerate(node.inputs):
-            if value is None or index in _FLOAT_INPUTS.get(node.op_type, ()):
+            if value is None or not takes(node, index, self.opset, self.dtype):
                 continue
             if self.types.get(value) in (ir.DataType.FLOAT, self.half):
                 node.replace_input_with(index, self.typed(value, wanted))
-        for graph in node.subgraphs():
-            self.restore(graph.all_nodes())
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                self.restore(attribute.as_graph().all_nodes())
 
     def restore(self, nodes: Iterable[ir.Node]) -> None:
         """Let subgraphs read outer tensors in float32, as before."""
@@ -213,13 +266,47 @@ class _Typer:
             node.replace_input_with(0, self.typed(source, ir.DataType.FLOAT))
 
     def dequantize(self, node: ir.Node) -> None:
-        """Its scale has the type that it is to give; that of all its readers where they agree."""
-        scale = node.inputs[1]
-        readers = [use.node.name or "" for use in node.outputs[0].uses()]
-        if scale is None or (readers and all(name in self.kept for name in readers)):
+        """Its scale has the type that it is to give, and the numbers of its QuantizeLinear."""
+        source, scale = node.inputs[0], node.inputs[1]
+        if source is None or scale is None:
             return
-        if self.holds(scale):
-            node.replace_input_with(1, self.typed(scale, self.half))
+        quantize = source.producer()
+        before = quantize.inputs[1] if quantize is not None and len(quantize.inputs) > 1 else None
+        typed = before is not None and self.types.get(before) == self.half
+        readers = [use.node.name or "" for use in node.outputs[0].uses()]
+        if not typed and readers and all(name in self.kept for name in readers):
+            return
+        if not self.holds(scale):
+            self.widen(node)
+        scale = node.inputs[1]
+        if scale is None or not self.holds(scale):
+            return
+        rounded = self.typed(scale, self.half)
+        node.replace_input_with(1, rounded)
+        if quantize is not None and quantize.op_type == "QuantizeLinear" and not typed:
+            quantize.replace_input_with(1, self.typed(rounded, ir.DataType.FLOAT))
+
+    def widen(self, node: ir.Node) -> None:
+        """Give weights in the file scales that the type holds: those of dead channels are tiny."""
+        integers, scale = (
+            convenience.get_const_tensor(value) if value is not None else None
+            for value in node.inputs[:2]
+        )
+        if integers is None or scale is None or len(scale.shape) > 1:
+            return
+        old = scale.numpy().astype(np.float64)
+        least = float(ml_dtypes.finfo(self.numpy).smallest_subnormal) / _SCALE_ERROR
+        new = np.maximum(old, least)
+        axis = node.attributes.get_int("axis", 1)
+        shape = [-1 if i == axis % len(integers.shape) else 1 for i in range(len(integers.shape))]
+        factor = (old / new).reshape(shape if old.ndim else ())
+        numbers = np.rint(integers.numpy() * factor).astype(integers.numpy().dtype)
+        stored = new_constant(self.graph, numbers, f"{integers.name}/widened")
+        wider = new_constant(self.graph, new.astype(np.float32), f"{scale.name}/widened")
+        for value in (stored, wider):
+            self.types[value] = value.const_value.dtype if value.const_value else ir.DataType.FLOAT
+        node.replace_input_with(0, stored)
+        node.replace_input_with(1, wider)
 
     def holds(self, scale: ir.Value) -> bool:
         """Whether the type can hold the scales well enough."""

@@ -14,6 +14,7 @@ from targets.tensorrt_graph import (
     Found,
     Network,
     Rule,
+    array,
     operand,
     readers,
 )
@@ -118,7 +119,7 @@ def _residual_in_float(network: Network) -> Found:
             other = operand(node, 1 - index)
             if kernel is None or other is None or network.reading(other) is not None:
                 continue
-            if _kernel(network, other) is None and other.producer() is not None:
+            if _kernel(network, other) is None and array(other) is None:
                 yield (
                     node,
                     f"the branch that is added to {kernel.name} is not quantized, so the fused "
