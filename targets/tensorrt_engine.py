@@ -33,18 +33,21 @@ if TYPE_CHECKING:
     from targets.tensorrt import TensorRT
 
 FILE: Final = "model.engine"
+_DEVICE: Final = "cuda"
 _STRONGLY_TYPED_ALWAYS: Final = 11
 """From this major version on every network is strongly typed, and the flag is deprecated."""
 
 
-def build_engine(name: str, model: Model, options: TensorRT, cache: Path | None) -> TensorRtEngine:
+def build_engine(
+    name: str, model: Model, options: TensorRT, timings: Path | None
+) -> TensorRtEngine:
     """Build an engine from an ONNX graph, and load it.
 
     Args:
         name: for messages.
         model: at the ONNX stage; its types are those that TensorRT computes in.
         options: of the target.
-        cache: file of kernel timings, read and written; None keeps none.
+        timings: file of what kernels were measured to take, read and written; None keeps none.
 
     Raises:
         EngineError: TensorRT refuses the model.
@@ -58,16 +61,17 @@ def build_engine(name: str, model: Model, options: TensorRT, cache: Path | None)
     with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
         path = save_onnx(model.graph_model, Path(folder) / "model.onnx")[0]
         if not parser.parse_from_file(str(path)):
-            found = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            found = [error.desc() for error in errors]
             raise _refused(f"does not read {model.name}", found or log.errors)
         config = _config(builder, options, model)
-        if cache is not None:
-            _use_timings(config, cache)
+        if timings is not None:
+            _use_timings(config, timings)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _refused(f"cannot build {model.name}", log.errors)
-    if cache is not None:
-        _keep_timings(config, cache)
+    if timings is not None:
+        _keep_timings(config, timings)
     return TensorRtEngine(name, bytes(plan), options)
 
 
@@ -213,7 +217,7 @@ class TensorRtEngine:
                 f"{self.name}: the shape of {name} depends on values, which is not supported."
             )
         kind = np.empty(0, trt.nptype(self._engine.get_tensor_dtype(name)))
-        return torch.empty(shape, dtype=torch.from_numpy(kind).dtype, device="cuda")
+        return torch.empty(shape, dtype=torch.from_numpy(kind).dtype, device=_DEVICE)
 
     def _captured(self) -> torch.cuda.CUDAGraph | None:
         """The run as a CUDA graph; None where the network cannot be captured (loops, host sync).
@@ -331,7 +335,6 @@ def _config(builder: Any, options: TensorRT, model: Model) -> Any:
 
 
 def _same_compute_capability() -> Any:
-    """TensorRT 10.0 does not have it yet."""
     try:
         return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     except AttributeError:
@@ -359,5 +362,5 @@ def _keep_timings(config: Any, path: Path) -> None:
 
 
 def _refused(what: str, errors: list[str]) -> EngineError:
-    said = " ".join(error.strip() for error in errors[-3:])
+    said = " ".join(one.strip() for one in errors[-3:])
     return EngineError(f"TensorRT {trt.__version__} {what}. {said}".strip())

@@ -111,9 +111,7 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def prepared(
-    tiny_onnx: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def prepared(tiny_onnx: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `compress run --target tensorrt --eval` writes."""
     out = tmp_path_factory.mktemp("prepared") / "artifact"
     run(tiny_onnx, target="tensorrt", calibration=tiny_images, evaluate=tiny_images, out=out)
@@ -354,9 +352,7 @@ def test_a_build_sheet_that_is_none_is_refused(cli: Cli, copied: Path, text: str
     assert "damaged" in result.err
 
 
-def test_a_sheet_that_was_edited_is_no_longer_the_one_of_the_report(
-    cli: Cli, copied: Path
-) -> None:
+def test_a_sheet_that_was_edited_is_no_longer_the_one_of_the_report(cli: Cli, copied: Path) -> None:
     path = copied / "build.json"
     path.write_text(path.read_text().replace('"seconds": 10.0', '"seconds": 20.0'))
     result = cli("build", copied)
