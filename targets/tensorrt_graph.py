@@ -1,4 +1,4 @@
-"""An ONNX graph as the rules of TensorRT look at it: what is quantized, how, and by whom it is read."""
+"""An ONNX graph as TensorRT's rules look at it: what is quantized, how, and who reads it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Network:
         return array(source) is not None
 
     def reading(self, value: ir.Value | None) -> Reading | None:
-        """How a tensor was dequantized; None where no DQ gives it. Looks through moved constants."""
+        """How a tensor was dequantized, also through moves of constants; None where it was not."""
         node = value.producer() if value is not None else None
         while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
             before = node.inputs[0].producer()

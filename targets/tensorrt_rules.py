@@ -18,18 +18,15 @@ import onnx_ir as ir
 from compress.element_types import SAME_TYPE
 from compress.errors import UsageError
 from targets import tensorrt_formats, tensorrt_placement
+from targets.tensorrt_capabilities import DOCS
 from targets.tensorrt_graph import Found, Network, Rule, Severity, operand, sizes
 from targets.tensorrt_operators import OPERATORS, SUPPORTED, restriction
 
-OPSET_GUIDE: Final = (
-    "https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/onnx-opset-guide.html"
-)
+OPSET_GUIDE: Final = f"{DOCS}/reference/onnx-opset-guide.html"
 STRONG: Final = (
     "https://docs.nvidia.com/deeplearning/tensorrt/11.0.0/api/migration/tensorrt-10x-to-11x.html"
 )
-PROFILES: Final = (
-    "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-dynamic-shapes.html"
-)
+PROFILES: Final = f"{DOCS}/inference-library/work-dynamic-shapes.html"
 DIMS: Final = "NvInferRuntimeBase.h, Dims64::MAX_DIMS"
 
 FIRST_OPSET = 9
