@@ -183,7 +183,7 @@ class TensorRtEngine:
             self._enter(inputs)
             self._launch()
             with torch.cuda.stream(self._stream):
-                return {one: self._tensors[one].cpu().numpy() for one in self.outputs}
+                return {one: _on_host(self._tensors[one]) for one in self.outputs}
 
     def _enter(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Bind memory for these shapes and copy the inputs to the device."""
@@ -203,7 +203,8 @@ class TensorRtEngine:
             if not self._context.set_input_shape(one, shape):
                 wanted = ", ".join(map(str, self.inputs))
                 raise _refused(f"refuses shape {shape} for {one}: {self.name} takes {wanted}", [])
-        self._tensors = {one: self._empty(one) for one in (*shapes, *self.outputs)}
+        with torch.cuda.stream(self._stream):
+            self._tensors = {one: self._empty(one) for one in (*shapes, *self.outputs)}
         for one, tensor in self._tensors.items():
             if not self._context.set_tensor_address(one, tensor.data_ptr()):
                 raise _refused(f"refuses the memory of {one}", _log().errors)
@@ -302,6 +303,11 @@ class _Times(trt.IProfiler):  # type: ignore[misc]
 def _log() -> _Log:
     """One for the process, since builder and runtime keep a reference to it."""
     return _Log()
+
+
+def _on_host(tensor: torch.Tensor) -> np.ndarray:
+    """A copy, made when the work before it on the stream is done."""
+    return np.asarray(tensor.to("cpu", copy=True).numpy())
 
 
 def _event() -> torch.cuda.Event:
