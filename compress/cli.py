@@ -90,11 +90,14 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "compress run --model torchvision.models:resnet18 --input 1x3x224x224 --threads 1 --json",
     "compress run model.onnx --bits fp8 --simulate --calibration images.npz --eval test.npz",
     "compress run model.onnx --target openvino --batch 8 --objective throughput --time 120",
+    "compress run model.onnx --target tensorrt --calibration images.npz --target-option "
+    "version_compatible=true",
 )
 def run(
     model: options.Source = None,
     factory: options.Factory = None,
     target: options.RecipeTarget = None,
+    target_options: options.TargetOption = None,
     bits: options.Bits = None,
     activation_bits: options.ActivationBits = None,
     simulate: options.Simulate = False,
@@ -131,6 +134,7 @@ def run(
     """
     # Options are read before anything heavy is imported, so that a slip shows at once.
     specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
+    chosen = _target_options(target_options)
     from compress import pipeline
 
     _say_first(target)
@@ -138,6 +142,7 @@ def run(
         model,
         factory=factory,
         target=target,
+        target_options=chosen,
         bits=bits,
         activation_bits=activation_bits,
         simulate=simulate,
@@ -434,6 +439,20 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
             f"{option} {text!r} is not a number or a comma-separated list of numbers. Write one "
             f"for all channels or one for each, for example {option} 0.485,0.456,0.406."
         ) from None
+
+
+def _target_options(texts: list[str] | None) -> dict[str, Any] | None:
+    """Whole numbers and true or false as such, everything else as text."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise UsageError(
+                f"--target-option {text!r} is not NAME=VALUE, for example workspace_mib=8192."
+            )
+        number = int(value) if value.isascii() and value.isdigit() else value
+        found[name] = {"true": True, "false": False}.get(value.lower(), number)
+    return found or None
 
 
 def _say_first(target: str | None) -> None:

@@ -171,6 +171,14 @@ RecipeTarget = Annotated[
         "--target", metavar="NAME", help="Where it will run; see `targets`.  [default: cpu]"
     ),
 ]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target-option",
+        metavar="NAME=VALUE",
+        help="Option of the target, for example workspace_mib=8192. Repeatable.",
+    ),
+]
 RecipeLayout = Annotated[
     Literal["auto", "nchw", "nhwc"] | None,
     typer.Option("--layout", help="Axes of the images in the data.  [default: auto]"),

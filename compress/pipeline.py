@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,6 +95,7 @@ def run(
     model: Any = None,
     *,
     target: str | None = None,
+    target_options: Mapping[str, Any] | None = None,
     bits: int | str | Sequence[int | str] | None = None,
     activation_bits: int | str | None = None,
     simulate: bool = False,
@@ -129,6 +130,7 @@ def run(
     Args:
         model: a path, a torch module, an ONNX model, or None with `factory` or a recipe.
         target: name of a registered target; "cpu", which takes the fastest runtime.
+        target_options: fields of the target's dataclass, by name.
         bits: of weights and activations: 8, 4 (weights only), 16 (bfloat16 where the CPU has it),
             "auto", or several, such as "4,8", to choose from for each operator; with `simulate`
             any format, such as 6 or "fp8".

@@ -243,6 +243,22 @@ def test_the_batch_reaches_the_profile_and_the_sheet(
     assert sheet["how"]["profiles"]["x"]["max"] == [64, 3, 8, 8]
 
 
+def test_options_of_the_target_reach_the_sheet_and_the_recipe(
+    cli: Cli, tiny_onnx: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    out, again = tmp_path / "artifact", tmp_path / "again"
+    given = ("run", tiny_onnx, "--target", "tensorrt", "--calibration", tiny_images)
+    options = ("version_compatible=true", "hardware_compatible=ampere_plus", "workspace_mib=512")
+    chosen = [word for option in options for word in ("--target-option", option)]
+    assert cli(*given, "--bits", 16, *chosen, "--out", out).code == PREPARED
+    sheet = json.loads((out / "build.json").read_text())
+    assert sheet["how"]["version_compatible"] is True
+    assert sheet["how"]["hardware_compatible"] == "ampere_plus"
+    assert sheet["how"]["workspace_bytes"] == 512 << 20
+    assert cli("run", "--recipe", out / "recipe.yaml", "--out", again).code == PREPARED
+    assert json.loads((again / "build.json").read_text())["options"] == sheet["options"]
+
+
 def test_16_bits_prepare_floats_alone(cli: Cli, tiny_onnx: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     given = ("run", tiny_onnx, "--target", "tensorrt", "--bits", 16, "--out", out)

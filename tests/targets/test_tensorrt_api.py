@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "targets" / "tensorrt_engine.py"
 BY_PATH = {name.path: name for name in NAMES}
 OTHERS = {
-    "begin", "dict", "end", "folder", "functools", "graph", "json", "kernel", "kind", "known",
-    "log", "model", "np", "one", "options", "os", "path", "self", "shapes", "spec", "statistics",
-    "temporary", "tempfile", "tensor", "threading", "times", "torch",
+    "begin", "dict", "end", "functools", "inputs", "json", "kernel", "kind", "known", "log",
+    "model", "np", "one", "options", "os", "path", "profiles", "self", "shapes", "spec",
+    "statistics", "tempfile", "temporary", "tensor", "threading", "times", "torch",
 }  # fmt: skip
 """What else has attributes there; a name that is in neither list fails the test."""
 BINDINGS = "HWCOMPRESS_TENSORRT_BINDINGS"

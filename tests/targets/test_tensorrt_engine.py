@@ -1,8 +1,8 @@
 """The TensorRT engine on a stand-in for TensorRT and CUDA, since neither runs without a GPU.
 
 The stand-in has the names of `targets.tensorrt_api` and no others; behind them ONNX Runtime
-computes on the addresses that it is given. So this shows that the calls come in the right order and with
-the right values, and nothing about TensorRT itself.
+computes on the addresses that it is given. So this shows that the calls come in the right order
+and with the right values, and nothing about TensorRT itself.
 """
 
 from __future__ import annotations
