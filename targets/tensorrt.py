@@ -28,8 +28,8 @@ ENGINE: Final = "model.engine"
 TIMING_CACHE: Final = "timing.cache"
 VERSIONS: Final = ">=10.0,<12"
 UNVERIFIED: Final = (
-    "The TensorRT target is unverified on hardware: it is built to NVIDIA's documentation of "
-    "TensorRT 10 and 11, and nobody has run it on a GPU yet."
+    "The TensorRT target is unverified on hardware: it was written to NVIDIA's documentation of "
+    "TensorRT 10 and 11, without a GPU. Please report what you see."
 )
 INSTALL: Final = "pip install 'hwcompress[tensorrt]'"
 INSTALL_TORCH: Final = "pip install --force-reinstall torch"
@@ -102,22 +102,18 @@ class TensorRT:
         Raises:
             EngineError: TensorRT refuses the model.
         """
-        from targets.tensorrt_engine import build_engine
-
-        return build_engine(_name(model), model, self, None)
+        return self._build(model, None)
 
     def build_in(self, model: Model, folder: Path) -> Engine:
         """The same, with the timing cache in `folder`."""
-        from targets.tensorrt_engine import build_engine
-
-        cache = folder / TIMING_CACHE if self.timing_cache else None
-        return build_engine(_name(model), model, self, cache)
+        return self._build(model, folder / TIMING_CACHE if self.timing_cache else None)
 
     def load(self, directory: Path) -> Engine:
         """The engine of an artifact whose files `compress.load` has compared with its report."""
         from targets.tensorrt_engine import load_engine
 
-        return load_engine("TensorRT", directory / ENGINE, self)
+        path = directory / ENGINE
+        return load_engine("TensorRT", path, host_code=self.version_compatible)
 
     def check_input(self, model: Model) -> tuple[str, ...]:
         """What TensorRT 10 and 11 do otherwise than the graph says, in sentences.
@@ -171,6 +167,18 @@ class TensorRT:
             for spec in inputs
             if spec.dynamic_batch
         }
+
+    def _build(self, model: Model, timings: Path | None) -> Engine:
+        from targets.tensorrt_engine import BuildSettings, build_engine
+
+        settings = BuildSettings(
+            workspace_bytes=self.workspace_mib << 20,
+            profiles=self.profiles(model.inputs),
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+            timings=timings,
+        )
+        return build_engine(_name(model), model, settings)
 
 
 def _capabilities(found: Gpu | str) -> Capabilities:

@@ -16,8 +16,9 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import tensorrt as trt
@@ -29,25 +30,34 @@ from compress.reference import save_onnx
 from compress.target import Kernel, KernelTime
 from targets.tensorrt_layers import kernel_of
 
-if TYPE_CHECKING:
-    from targets.tensorrt import TensorRT
-
 FILE: Final = "model.engine"
 _DEVICE: Final = "cuda"
 _STRONGLY_TYPED_ALWAYS: Final = 11
 """From this major version on every network is strongly typed, and the flag is deprecated."""
 
 
-def build_engine(
-    name: str, model: Model, options: TensorRT, timings: Path | None
-) -> TensorRtEngine:
-    """Build an engine from an ONNX graph, and load it.
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """How an engine is built.
 
-    Args:
-        name: for messages.
-        model: at the ONNX stage; its types are those that TensorRT computes in.
-        options: of the target.
+    Attributes:
+        workspace_bytes: memory that kernels may use besides tensors and weights.
+        profiles: smallest ("min"), usual ("opt") and largest ("max") shape of each input with a
+            dynamic axis.
+        version_compatible: the engine loads in later versions too, and holds host code.
+        hardware_compatible: "none", "ampere_plus" or "same_compute_capability".
         timings: file of what kernels were measured to take, read and written; None keeps none.
+    """
+
+    workspace_bytes: int
+    profiles: Mapping[str, Mapping[str, list[int]]]
+    version_compatible: bool = False
+    hardware_compatible: str = "none"
+    timings: Path | None = None
+
+
+def build_engine(name: str, model: Model, settings: BuildSettings) -> TensorRtEngine:
+    """Build an engine from an ONNX graph, whose types are those that it computes in, and load it.
 
     Raises:
         EngineError: TensorRT refuses the model.
@@ -64,20 +74,26 @@ def build_engine(
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
             found = [error.desc() for error in errors]
             raise _refused(f"does not read {model.name}", found or log.errors)
-        config = _config(builder, options, model)
-        if timings is not None:
-            _use_timings(config, timings)
+        config = _config(builder, settings)
+        if settings.timings is not None:
+            _use_timings(config, settings.timings)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _refused(f"cannot build {model.name}", log.errors)
-    if timings is not None:
-        _keep_timings(config, timings)
-    return TensorRtEngine(name, bytes(plan), options)
+    if settings.timings is not None:
+        _keep_timings(config, settings.timings)
+    return TensorRtEngine(name, bytes(plan), host_code=settings.version_compatible)
 
 
-def load_engine(name: str, path: Path, options: TensorRT) -> TensorRtEngine:
-    """Load an engine file, which is executable content: check where it is from before."""
-    return TensorRtEngine(name, path.read_bytes(), options)
+def load_engine(name: str, path: Path, *, host_code: bool) -> TensorRtEngine:
+    """Load an engine file, which is executable content: check where it is from before.
+
+    Args:
+        name: for messages.
+        path: of the file.
+        host_code: allow code for the host in it, as version-compatible engines have.
+    """
+    return TensorRtEngine(name, path.read_bytes(), host_code=host_code)
 
 
 class TensorRtEngine:
@@ -87,11 +103,11 @@ class TensorRtEngine:
     one shape are replayed from a CUDA graph, where the network can be captured.
     """
 
-    def __init__(self, name: str, plan: bytes, options: TensorRT) -> None:
+    def __init__(self, name: str, plan: bytes, *, host_code: bool) -> None:
         log = _log()
         log.errors.clear()
         runtime = trt.Runtime(log)
-        runtime.engine_host_code_allowed = options.version_compatible
+        runtime.engine_host_code_allowed = host_code
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise _refused(
@@ -320,23 +336,22 @@ def _network_flags() -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _config(builder: Any, options: TensorRT, model: Model) -> Any:
+def _config(builder: Any, settings: BuildSettings) -> Any:
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if options.version_compatible:
+    if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.hardware_compatible == "ampere_plus":
+    if settings.hardware_compatible == "ampere_plus":
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    elif options.hardware_compatible == "same_compute_capability":
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
-    profiles = options.profiles(model.inputs)
-    if profiles:
+    elif settings.hardware_compatible == "same_compute_capability":
+        config.hardware_compatibility_level = _same_compute_capability()
+    if settings.profiles:
         profile = builder.create_optimization_profile()
-        for name, shapes in profiles.items():
+        for name, shapes in settings.profiles.items():
             profile.set_shape(name, shapes["min"], shapes["opt"], shapes["max"])
         if config.add_optimization_profile(profile) < 0:
-            raise _refused(f"refuses the optimization profile {profiles}", _log().errors)
+            raise _refused(f"refuses the optimization profile {settings.profiles}", _log().errors)
     return config
 
 

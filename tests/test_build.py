@@ -18,7 +18,7 @@ import onnx_ir as ir
 import pytest
 
 import compress
-from compress import building, built_engines
+from compress import built_engines
 from compress.artifact import sha256_file
 from compress.errors import EngineError
 from compress.exits import NOT_MET, PREPARED, STOPPED, USAGE
@@ -391,17 +391,21 @@ def test_a_directory_without_a_sheet_is_refused(cli: Cli, tmp_path: Path, copied
     assert "no readable build.json" in cli("build", copied).err
 
 
-def test_ctrl_c_during_the_preparation_leaves_nothing(tiny_onnx: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_a_preparation_that_ends_early_leaves_nothing(
+    tiny_onnx: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
     command = [sys.executable, "-m", "compress.cli", "run", str(tiny_onnx), "--target", "tensorrt"]
     running = subprocess.Popen(
         [*command, "--out", "artifact"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     assert running.stderr is not None
     assert running.stderr.readline()  # work has started
-    running.send_signal(signal.SIGINT)
+    running.send_signal(kind)
     _, err = running.communicate(timeout=60)
-    assert running.returncode == STOPPED
-    assert "Stopped; no artifact was written" in err
+    if kind == signal.SIGINT:
+        assert running.returncode == STOPPED
+        assert "Stopped; no artifact was written" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -440,7 +444,7 @@ def test_build_completes_what_was_prepared(
     assert engine({"x": np.zeros((2, 3, 8, 8), np.float32)})["y"].shape == (2, 4)
     assert not list((npu.parent / "cache").iterdir())
     # What is built can be built again, for instance on another machine.
-    again = building.build(unbuilt, seconds=0.5)
+    again = compress.build(unbuilt, seconds=0.5)
     assert again.prepared["headline"] == before["headline"]
     (unbuilt / "model.onnx").write_bytes(b"another engine")
     with pytest.raises(compress.LoadError, match="not what was written"):

@@ -22,8 +22,8 @@ SOURCE = ROOT / "targets" / "tensorrt_engine.py"
 BY_PATH = {name.path: name for name in NAMES}
 OTHERS = {
     "begin", "dict", "end", "functools", "inputs", "json", "kernel", "kind", "known", "log",
-    "model", "np", "one", "options", "os", "path", "profiles", "self", "shapes", "spec",
-    "statistics", "tempfile", "temporary", "tensor", "threading", "times", "torch",
+    "model", "np", "one", "os", "path", "self", "settings", "shapes", "spec", "statistics",
+    "tempfile", "temporary", "tensor", "threading", "times", "torch",
 }  # fmt: skip
 """What else has attributes there; a name that is in neither list fails the test."""
 BINDINGS = "HWCOMPRESS_TENSORRT_BINDINGS"
