@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.artifact import load
+    from compress.building import build
     from compress.data import Data
     from compress.errors import (
         CompressError,
@@ -66,6 +67,7 @@ _HOME = {
     "UnsafeFileError": "compress.errors",
     "UnsupportedError": "compress.errors",
     "UsageError": "compress.errors",
+    "build": "compress.building",
     "compare": "compress.side_by_side",
     "load": "compress.artifact",
     "measure": "compress.latency",
@@ -96,6 +98,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "__version__",
+    "build",
     "compare",
     "load",
     "measure",

@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compress.errors import LoadError, OutputError
+from compress.errors import EngineError, LoadError, OutputError
 from compress.registry import create_target, require_target
 from compress.target import Engine
 
@@ -150,6 +150,51 @@ def read_report(directory: Path) -> dict[str, Any]:
     return dict(report)
 
 
+def check_files(directory: Path, hashes: Mapping[str, str], source: str = REPORT) -> None:
+    """Refuse a directory whose files are not those that were written.
+
+    Raises:
+        LoadError: one is missing, was changed, or lies elsewhere.
+    """
+    for name, expected in hashes.items():
+        path = directory / name
+        if Path(name).name != name:
+            raise LoadError(f"{directory / source} names {name!r}, which is no file beside it.")
+        if not path.is_file():
+            raise LoadError(f"{directory} is incomplete: {name} is missing. Copy it again.")
+        if sha256_file(path) != expected:
+            raise LoadError(
+                f"{path} is not what was written: its sha256 differs from {source}. Copy the "
+                f"artifact again, or run `compress run` again."
+            )
+
+
+def check_reproduces(loaded: Engine, expected: Engine, exact: bool = True) -> None:
+    """Refuse an artifact whose engine, loaded again, does not give what the measured one gives.
+
+    Without `exact` a thousandth of the largest output may differ: kernels of GPUs may add up in
+    another order each time.
+
+    Raises:
+        EngineError: its outputs differ.
+    """
+    import numpy as np
+
+    from compress.model import random_inputs
+    from compress.reference import largest_difference, largest_magnitude
+
+    inputs = random_inputs(expected.inputs, 1, np.random.default_rng(0))
+    wanted, got = expected(inputs), loaded(inputs)
+    for name, array in wanted.items():
+        allowed = 0.0 if exact else 1e-3 * largest_magnitude(array)
+        same = name in got and got[name].shape == array.shape
+        if not same or not largest_difference(got[name], array) <= allowed:
+            raise EngineError(
+                f"The written artifact does not reproduce output {name} of the engine that was "
+                f"measured. Nothing was kept; please report the model."
+            )
+
+
 def load(directory: Path | str, *, threads: int | None = None) -> Engine:
     """The engine of an artifact: call it with arrays by name, get arrays by name.
 
@@ -159,19 +204,18 @@ def load(directory: Path | str, *, threads: int | None = None) -> Engine:
 
     Raises:
         LoadError: the directory is no artifact, or a file was changed since.
+        EngineError: it holds no engine yet (see `compress build`).
         UnsupportedError: its runtime is not installed.
     """
     directory = Path(directory)
     report = read_report(directory)
-    for name, expected in report["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise LoadError(f"{directory} is incomplete: {name} is missing. Copy it again.")
-        if sha256_file(path) != expected:
-            raise LoadError(
-                f"{path} is not what was written: its sha256 differs from {REPORT}. Copy the "
-                f"artifact again, or run `compress run` again."
-            )
+    if not report.get("built", True):
+        name = report["target"]["name"]
+        raise EngineError(
+            f"{directory} holds no engine yet: it was prepared for {name} on a machine that cannot "
+            f"build one. Run `compress build {directory}` on the machine that has the hardware."
+        )
+    check_files(directory, report["files"])
     target = report["target"]
     settings = dict(target["options"])
     if threads is not None:

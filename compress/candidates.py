@@ -136,7 +136,7 @@ def measure_finals(
             engines[FLOAT], engines[name], real, source=source, seed=seed, progress=progress
         )
         scores[name] = score(name)
-        found |= evaluator is not None and _allowed(scores[FLOAT], scores[name], limits)
+        found |= evaluator is not None and keeps_limit(scores[FLOAT], scores[name], limits)
 
     def candidate(variant: Variant) -> Candidate:
         name = variant.name
@@ -148,15 +148,15 @@ def measure_finals(
             runtime=variant.target.name,
             precision=variant.precision,
             settings=settings(variant.target),
-            size_bytes=_size(engines[name]),
+            size_bytes=size_of(engines[name]),
             timing=dataclasses.asdict(comparison.timings[name]),
             speedup=dataclasses.asdict(ratio) if ratio is not None else None,
-            score=_score(after),
-            drop=_drop(before, after) if name != FLOAT else None,
+            score=score_facts(after),
+            drop=drop_facts(before, after) if name != FLOAT else None,
             fidelity=agreement.to_dict() if agreement is not None else None,
             int8_macs=int8_share(engines[name].kernels(), sites),
             buys=variant.buys,
-            allowed=name == FLOAT or (judged and _allowed(before, after, limits)),
+            allowed=name == FLOAT or (judged and keeps_limit(before, after, limits)),
         )
 
     latency = {
@@ -217,24 +217,28 @@ def reasons(model: Model) -> Mapping[str, str]:
     return {}
 
 
-def _size(engine: Engine) -> int:
+def size_of(engine: Engine) -> int:
+    """Bytes of what the engine saves."""
     with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
         return sum(path.stat().st_size for path in engine.save(Path(folder)))
 
 
-def _score(score: Score | None) -> dict[str, Any] | None:
+def score_facts(score: Score | None) -> dict[str, Any] | None:
+    """Plain values of a score for the report."""
     if score is None:
         return None
     return {"value": score.value, "unit": score.unit, "n": score.n}
 
 
-def _drop(before: Score | None, after: Score | None) -> dict[str, Any] | None:
+def drop_facts(before: Score | None, after: Score | None) -> dict[str, Any] | None:
+    """Plain values of what was lost, where both are a top-1."""
     if before is None or after is None or before.accuracy is None or after.accuracy is None:
         return None
     return dataclasses.asdict(paired_drop(before.accuracy, after.accuracy))
 
 
-def _allowed(before: Score | None, after: Score | None, limits: Limits) -> bool:
+def keeps_limit(before: Score | None, after: Score | None, limits: Limits) -> bool:
+    """Whether a score is within the limit on the drop; so is what nobody measured."""
     if before is None or after is None or limits.max_drop is None:
         return True
     return after.value >= before.value - limits.max_drop.allowed(before.value) - 1e-12

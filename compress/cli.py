@@ -15,7 +15,7 @@ import typer
 
 from compress import options
 from compress.errors import OutputError, UsageError
-from compress.exits import NOT_MET, explain
+from compress.exits import NOT_MET, PREPARED, explain
 
 if TYPE_CHECKING:
     from compress.model import TensorSpec
@@ -46,7 +46,7 @@ def _root(
     """Make a trained model small and fast for one target, and prove it with measurements.
 
     Exit codes: 0 done and within the budget, 1 budget not met or nothing faster found,
-    2 wrong usage or input, 3 unexpected error, 130 stopped.
+    2 wrong usage or input, 3 unexpected error, 4 prepared for `compress build`, 130 stopped.
     """
 
 
@@ -90,11 +90,14 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "compress run --model torchvision.models:resnet18 --input 1x3x224x224 --threads 1 --json",
     "compress run model.onnx --bits fp8 --simulate --calibration images.npz --eval test.npz",
     "compress run model.onnx --target openvino --batch 8 --objective throughput --time 120",
+    "compress run model.onnx --target tensorrt --calibration images.npz --target-option "
+    "version_compatible=true",
 )
 def run(
     model: options.Source = None,
     factory: options.Factory = None,
     target: options.RecipeTarget = None,
+    target_options: options.TargetOption = None,
     bits: options.Bits = None,
     activation_bits: options.ActivationBits = None,
     simulate: options.Simulate = False,
@@ -131,6 +134,7 @@ def run(
     """
     # Options are read before anything heavy is imported, so that a slip shows at once.
     specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
+    chosen = _target_options(target_options)
     from compress import pipeline
 
     _say_first(target)
@@ -138,6 +142,7 @@ def run(
         model,
         factory=factory,
         target=target,
+        target_options=chosen,
         bits=bits,
         activation_bits=activation_bits,
         simulate=simulate,
@@ -170,6 +175,7 @@ def run(
         _print_json(
             {
                 "met": result.met,
+                "built": result.built,
                 "directory": str(result.directory),
                 "report": result.report.to_dict(),
             }
@@ -180,7 +186,55 @@ def run(
 
         render_report(result.report, render.console())
         typer.echo(f"Artifact: {result.directory}")
+    if not result.built:
+        raise typer.Exit(PREPARED)
     if not result.met:
+        raise typer.Exit(NOT_MET)
+
+
+@_command(
+    "build",
+    "compress build model-tensorrt",
+    "compress build model-tensorrt --eval test.npz --seconds 30",
+)
+def build(
+    directory: options.PreparedDirectory,
+    evaluate: options.Evaluate = None,
+    layout: options.Layout = "auto",
+    mean: options.Mean = None,
+    std: options.Std = None,
+    seconds: options.RecipeSeconds = None,
+    seed: options.RecipeSeed = None,
+    as_json: options.Json = False,
+) -> None:
+    """Finish an artifact on the machine that has the hardware.
+
+    Builds every candidate that `compress run` prepared, measures them in turns, keeps the fastest
+    that holds the budget and completes the report. Engines that were built before an interruption
+    are not built again.
+    """
+    means, deviations = _numbers(mean, "--mean"), _numbers(std, "--std")
+    from compress import building
+
+    report = building.build(
+        directory,
+        evaluate=evaluate,
+        layout=layout,
+        mean=means,
+        std=deviations,
+        seconds=seconds,
+        seed=seed,
+        progress=_progress(),
+    )
+    if as_json:
+        _print_json({"met": report.met, "directory": str(directory), "report": report.to_dict()})
+    else:
+        from compress import render
+        from compress.report.terminal import render as render_report
+
+        render_report(report, render.console())
+        typer.echo(f"Artifact: {directory}")
+    if not report.met:
         raise typer.Exit(NOT_MET)
 
 
@@ -385,6 +439,20 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
             f"{option} {text!r} is not a number or a comma-separated list of numbers. Write one "
             f"for all channels or one for each, for example {option} 0.485,0.456,0.406."
         ) from None
+
+
+def _target_options(texts: list[str] | None) -> dict[str, Any] | None:
+    """Whole numbers and true or false as such, everything else as text."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise UsageError(
+                f"--target-option {text!r} is not NAME=VALUE, for example workspace_mib=8192."
+            )
+        number = int(value) if value.isascii() and value.isdigit() else value
+        found[name] = {"true": True, "false": False}.get(value.lower(), number)
+    return found or None
 
 
 def _say_first(target: str | None) -> None:

@@ -7,6 +7,8 @@ from compress.errors import CompressError
 NOT_MET = 1
 USAGE = 2
 UNEXPECTED = 3
+PREPARED = 4
+"""The input of the build was written; the engine has to be built on another machine."""
 STOPPED = 130
 
 

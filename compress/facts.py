@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,7 @@ def region_rows(searched: Searched, chosen: Built) -> tuple[Mapping[str, Any], .
 
 def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
     """What a reader must know about ranges, runtimes and machine."""
-    remarks = []
-    source = calibration_facts(searched)["ranges_from"]
-    if source and source != "calibration data":
-        remarks.append(f"No calibration data were given; ranges come from {source}.")
-    if hidden := macs_in_subgraphs(exported.graph_model):
-        remarks.append(
-            f"{hidden} operators with multiply-accumulates are inside If, Loop or Scan: they stay "
-            f"in float, and the shares of MACs do not count them."
-        )
+    remarks = data_remarks(calibration_facts(searched), exported)
     remarks += searched.notes
     if isinstance(target, ManyRuntimes):
         remarks += [
@@ -63,9 +55,28 @@ def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
     return [*remarks, *target.capabilities.notes]
 
 
+def data_remarks(calibration: Mapping[str, Any], exported: Model) -> list[str]:
+    """What a reader must know about ranges and about operators that nobody counts."""
+    remarks = []
+    source = calibration["ranges_from"]
+    if source and source != "calibration data":
+        remarks.append(f"No calibration data were given; ranges come from {source}.")
+    if hidden := macs_in_subgraphs(exported.graph_model):
+        remarks.append(
+            f"{hidden} operators with multiply-accumulates are inside If, Loop or Scan: they stay "
+            f"in float, and the shares of MACs do not count them."
+        )
+    return remarks
+
+
 def calibration_facts(searched: Searched) -> dict[str, Any]:
     """Where ranges come from, and how many samples were used."""
-    steps = (s for v in searched.screening.variants.values() for s in v.model.history)
+    return range_facts([variant.model for variant in searched.screening.variants.values()])
+
+
+def range_facts(models: Iterable[Model]) -> dict[str, Any]:
+    """The same of these models."""
+    steps = (step for model in models for step in model.history)
     found = next((step.details for step in steps if "ranges_from" in step.details), {})
     return {
         "ranges_from": found.get("ranges_from", ""),
@@ -101,9 +112,8 @@ def model_facts(original: Model, exported: Model) -> dict[str, Any]:
     }
 
 
-def target_facts(asked: Target, chosen: Built) -> dict[str, Any]:
+def target_facts(asked: Target, target: Target) -> dict[str, Any]:
     """The runtime and the settings of the artifact, and the target that was asked for."""
-    target = chosen.variant.target
     facts = target.capabilities
     return {
         "asked": asked.name,

@@ -46,10 +46,11 @@ def simulation_gap(chosen: Built, passes: Sequence[Pass], data: Data | None) -> 
         simulated = step.simulate_outputs(model, batch.inputs)
     except UnsupportedError:
         return {}
-    return _compare(simulated, chosen.engine, batch.inputs) if simulated is not None else {}
+    return compare_outputs(simulated, chosen.engine, batch.inputs) if simulated is not None else {}
 
 
-def _compare(simulated: Arrays, engine: Engine, inputs: Arrays) -> Mapping[str, Any]:
+def compare_outputs(simulated: Arrays, engine: Engine, inputs: Arrays) -> Mapping[str, Any]:
+    """How well an engine agrees with these outputs, as plain values for the report."""
     got = _run(engine, inputs)
     noise = sum(float(np.square(got[n] - a, dtype=np.float64).sum()) for n, a in simulated.items())
     signal = sum(float(np.square(a, dtype=np.float64).sum()) for a in simulated.values())

@@ -20,6 +20,14 @@ Built = Annotated[
     str,
     typer.Argument(metavar="A", help="An artifact directory or a model file.", show_default=False),
 ]
+PreparedDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="What `compress run` wrote for a target that is built on another machine.",
+        show_default=False,
+    ),
+]
 Factory = Annotated[
     str | None,
     typer.Option(
@@ -161,6 +169,14 @@ RecipeTarget = Annotated[
     str | None,
     typer.Option(
         "--target", metavar="NAME", help="Where it will run; see `targets`.  [default: cpu]"
+    ),
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target-option",
+        metavar="NAME=VALUE",
+        help="Option of the target, for example workspace_mib=8192. Repeatable.",
     ),
 ]
 RecipeLayout = Annotated[

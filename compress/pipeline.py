@@ -8,20 +8,19 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from compress import artifact
+from compress import artifact, deferred_report
+from compress.building import build
 from compress.candidates import Built, Limits, measure_finals
 from compress.data import Data
 from compress.decision import choose
-from compress.errors import EngineError
+from compress.deferred import Preparation, check_deferred, prepare
 from compress.facts import (
     calibration_facts,
     command_line,
@@ -41,7 +40,7 @@ from compress.loading import load
 from compress.lowering import export, lower
 from compress.machine import fingerprint, this_machine, versions
 from compress.metrics import Score
-from compress.model import Model, TensorSpec, random_inputs
+from compress.model import Model, TensorSpec
 from compress.passes import Context
 from compress.progress import Progress, silent
 from compress.recipe import Recipe
@@ -51,7 +50,7 @@ from compress.report import Report
 from compress.search import search
 from compress.settings import NAMES as SETTING_NAMES
 from compress.settings import Settings, check_half, check_passes, choose_passes, read_data
-from compress.target import Engine, Target, runtimes
+from compress.target import BuiltElsewhere, Target, runtimes
 from compress.variants import settings as settings_of
 from compress.workload import Workload, check_workload, make_workload
 
@@ -82,6 +81,11 @@ class RunResult:
     directory: Path
 
     @property
+    def built(self) -> bool:
+        """Whether there is an engine; where not, `compress build` makes it."""
+        return self.report.built
+
+    @property
     def met(self) -> bool:
         """Whether the budget was met."""
         return self.report.met
@@ -91,6 +95,7 @@ def run(
     model: Any = None,
     *,
     target: str | None = None,
+    target_options: Mapping[str, Any] | None = None,
     bits: int | str | Sequence[int | str] | None = None,
     activation_bits: int | str | None = None,
     simulate: bool = False,
@@ -125,6 +130,7 @@ def run(
     Args:
         model: a path, a torch module, an ONNX model, or None with `factory` or a recipe.
         target: name of a registered target; "cpu", which takes the fastest runtime.
+        target_options: fields of the target's dataclass, by name.
         bits: of weights and activations: 8, 4 (weights only), 16 (bfloat16 where the CPU has it),
             "auto", or several, such as "4,8", to choose from for each operator; with `simulate`
             any format, such as 6 or "fp8".
@@ -180,7 +186,10 @@ def run(
     )
     alternatives = read.alternatives if read is not None else ()
     destination = settings.create_target()
-    require_target(destination)
+    if isinstance(destination, BuiltElsewhere):
+        check_deferred(destination, simulate=simulate, objective=settings.objective)
+    else:
+        require_target(destination)
     with clock.phase("load"):
         original = load(
             settings.model,
@@ -221,6 +230,25 @@ def run(
             lower(start, passes, dataclasses.replace(context, target=one), alternatives)
             for one in served
         ]
+    if isinstance(destination, BuiltElsewhere):
+        preparation = Preparation(
+            target=destination,
+            original=original,
+            exported=exported,
+            lowered=lowered[0],
+            passes=passes,
+            data=data,
+            evaluator=evaluator,
+            training=training is not None,
+            limits=limits,
+            batch=workload.batch,
+            repair_seconds=settings.repair_seconds,
+            seconds=settings.seconds,
+            seed=settings.seed,
+            progress=progress,
+        )
+        written = Recipe(passes, settings.as_recipe(), alternatives)
+        return _elsewhere(preparation, written, directory, clock)
     with clock.phase("search"):
         searched = search(
             exported,
@@ -291,13 +319,33 @@ def run(
         calibration={**calibration_facts(searched), **data_facts(data)},
         evaluation=data_facts(evaluator.data) if evaluator else {},
         model=model_facts(original, exported),
-        target=target_facts(destination, chosen),
+        target=target_facts(destination, chosen.variant.target),
         machine={**dataclasses.asdict(this_machine()), "fingerprint": fingerprint(this_machine())},
         versions=versions(*PACKAGES),
     )
     recipe_text = Recipe(passes, settings.as_recipe(), alternatives).to_yaml()
     with clock.phase("write"):
         report = _write(report, chosen, recipe_text, directory, clock)
+    return RunResult(report, directory)
+
+
+def _elsewhere(given: Preparation, recipe: Recipe, directory: Path, clock: _Clock) -> RunResult:
+    """Prepare the build, and build at once where the hardware is."""
+    with clock.phase("prepare"):
+        found = prepare(given)
+        report = deferred_report.report(given, found)
+    passes = found.climbed.passes if found.climbed is not None else recipe.passes
+    text = dataclasses.replace(recipe, passes=passes).to_yaml()
+    report = dataclasses.replace(report, seconds=dict(clock.seconds))
+    report = deferred_report.write(given, found, report, text, directory)
+    if given.target.check().available:
+        report = build(
+            directory,
+            evaluate=given.evaluator,
+            seconds=given.seconds,
+            seed=given.seed,
+            progress=given.progress,
+        )
     return RunResult(report, directory)
 
 
@@ -343,7 +391,7 @@ def _write(report: Report, chosen: Built, recipe: str, directory: Path, clock: _
             files.append(folder / "plan.json")
         artifact.write_text(folder / "recipe.yaml", recipe)
         files.append(folder / "recipe.yaml")
-        _check_loads(target, folder, chosen.engine)
+        artifact.check_reproduces(target.load(folder), chosen.engine)
         hashes = {path.name: artifact.sha256_file(path) for path in files}
         report = dataclasses.replace(report, files=hashes, seconds=dict(clock.seconds))
         artifact.write_text(folder / "report.md", report.markdown())
@@ -352,19 +400,3 @@ def _write(report: Report, chosen: Built, recipe: str, directory: Path, clock: _
         text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
         artifact.write_text(folder / artifact.REPORT, text)
     return report
-
-
-def _check_loads(target: Target, folder: Path, engine: Engine) -> None:
-    """The artifact on disk gives exactly what was measured.
-
-    Raises:
-        EngineError: it does not load, or its outputs differ.
-    """
-    inputs = random_inputs(engine.inputs, 1, np.random.default_rng(0))
-    expected, got = engine(inputs), target.load(folder)(inputs)
-    for name, array in expected.items():
-        if name not in got or not np.array_equal(array, got[name], equal_nan=True):
-            raise EngineError(
-                f"The written artifact does not reproduce output {name} of the engine that was "
-                f"measured. Nothing was kept; please report the model."
-            )

@@ -25,6 +25,7 @@ SETTINGS: Mapping[str, _Kind] = {
         ("model", "factory", "target", "calibration", "evaluate", "train", "layout", "objective"),
         _TEXT,
     ),
+    "target_options": ("a mapping of options", (dict,), ()),
     "inputs": ("a list of texts", (list,), (str,)),
     **dict.fromkeys(("threads", "batch", "seed"), _COUNT),
     **dict.fromkeys(("mean", "std"), _NUMBERS),
@@ -89,7 +90,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The file's text."""
-        settings = {k: _plain(v) for k, v in self.settings.items() if v not in (None, (), [])}
+        settings = {k: _plain(v) for k, v in self.settings.items() if v not in (None, (), [], {})}
         document = {"recipe": VERSION, **settings, "passes": _entries(self.passes)}
         if self.alternatives:
             document["alternatives"] = _entries(self.alternatives)

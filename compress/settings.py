@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from compress.passes import Pass
 from compress.recipe import Recipe, default_passes
 from compress.registry import create_target
 from compress.search import DEFAULT_SECONDS
-from compress.target import Target
+from compress.target import BuiltElsewhere, Target
 
 HALF = ("bfloat16", "float16")
 
@@ -31,6 +31,7 @@ class Settings:
     factory: str | None = None
     inputs: Sequence[str | TensorSpec] = ()
     target: str = "cpu"
+    target_options: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
     calibration: Any = None
     evaluate: Any = None
@@ -49,11 +50,15 @@ class Settings:
     seed: int = 0
 
     def create_target(self) -> Target:
-        """The target, for throughput with one stream for each thread."""
+        """The target with its options, for throughput with one stream for each thread."""
         streams = None
         if self.objective == "throughput":
             streams = self.threads or this_machine().cores
-        return create_target(self.target, threads=self.threads, streams=streams)
+        given = {**self.target_options, "threads": self.threads, "streams": streams}
+        target = create_target(self.target, **given)
+        if isinstance(target, BuiltElsewhere) and hasattr(target, "batch"):
+            return dataclasses.replace(target, batch=self.batch)  # type: ignore[type-var]
+        return target
 
     @classmethod
     def resolve(cls, given: dict[str, Any], recipe: Recipe | None) -> Settings:
@@ -101,6 +106,7 @@ class Settings:
             for name, value in values.items()
             if isinstance(value, plain)
             or (isinstance(value, (list, tuple)) and all(isinstance(v, plain) for v in value))
+            or isinstance(value, Mapping)
         }
 
 

@@ -6,10 +6,10 @@ adding a method; profiling and prediction are functions over a target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -57,6 +57,10 @@ class FusablePattern:
         float_operand: of two operands, one that an int8 kernel writes for this operator alone may
             stay float: the runtime fuses the operator into that kernel, or reads float anyway.
         symmetric: activations that it reads want zero point 0: where they have two signs, as int8.
+        fused_operand: of two operands in int8, one that an int8 kernel writes for this operator
+            alone stays float: the operator is computed inside that kernel.
+        shared_scale: operands in int8 share one scale.
+        after: of an epilogue, the roles that it may follow.
     """
 
     op: str
@@ -66,6 +70,9 @@ class FusablePattern:
     max_rank: int | None = None
     float_operand: bool = False
     symmetric: bool = False
+    fused_operand: bool = False
+    shared_scale: bool = False
+    after: tuple[Role, ...] = ("matmul",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,12 @@ class Capabilities:
         activation: integer type of activations that the int8 kernels are fast with.
         weight: integer type of weights.
         reduced_weights: weights use 7 of 8 bits, so that int16 accumulation cannot saturate.
+        restricted_weights: weights leave out the most negative integer, -128 of int8.
+        float_constants: only weights of multiply-accumulates are integers; biases and other
+            constant operands stay float.
+        needed_only: what a multiply-accumulate, an elementwise operator or an epilogue writes is
+            quantized only where an operator in int8 reads it.
+        dynamic: ranges of activations can be computed at run time (DynamicQuantizeLinear).
         per_channel: weights may have one scale per output channel.
         linear: what a linear layer on inputs of rank 3 and more is fastest as.
         costly_moves: moving activations (transpose, channel shuffle) takes longer than additional
@@ -86,6 +99,9 @@ class Capabilities:
         int8_dot_product: the machine has an int8 dot-product instruction.
         patterns: operators that run in int8.
         weight_only: formats of weights that are stored and computed with in float.
+        weight_groups: numbers of weights that may share a scale where such a format is understood
+            only as ONNX's blocked DequantizeLinear before a linear layer; empty where ONNX
+            Runtime's MatMulNBits is understood, with groups of any size.
         notes: sentences for the user before work starts.
     """
 
@@ -95,12 +111,17 @@ class Capabilities:
     activation: Literal["uint8", "int8"] = "uint8"
     weight: Literal["int8"] = "int8"
     reduced_weights: bool = False
+    restricted_weights: bool = False
+    float_constants: bool = False
+    needed_only: bool = False
+    dynamic: bool = True
     per_channel: bool = True
     linear: Literal["Gemm", "MatMul"] = "MatMul"
     costly_moves: bool = False
     int8_dot_product: bool = True
     patterns: tuple[FusablePattern, ...] = ()
     weight_only: tuple[str, ...] = ()
+    weight_groups: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     def pattern(self, op: str) -> FusablePattern | None:
@@ -212,6 +233,44 @@ class Adjustable(Protocol):
 
     def settings(self) -> tuple[Target, ...]:
         """Itself with other settings, the most promising first."""
+
+
+@runtime_checkable
+class BuiltElsewhere(Target, Protocol):
+    """A target whose engines may have to be built on another machine, the one with its hardware.
+
+    `check` says whether they can be built here. `compress run` makes, judges and writes the input
+    of the build anywhere; `compress build` builds where the hardware is. A field `batch`, where
+    the target has one, is set to the batch that is asked for.
+    """
+
+    def check_input(self, model: Model) -> tuple[str, ...]:
+        """What the builder should know of a candidate's graph, which is fit to be built.
+
+        Raises:
+            UnsupportedError: it breaks rules of the target; the message names them.
+        """
+
+    def build_sheet(self, inputs: tuple[TensorSpec, ...]) -> Mapping[str, Any]:
+        """How it is to be built, as plain values for people and other tools."""
+
+    def builder(self) -> Mapping[str, str]:
+        """Library and hardware that build here, by name; engines of other builders do not load."""
+
+    def build_in(self, model: Model, folder: Path) -> Engine:
+        """`build`, with what one build learns for the next (timing caches) kept in `folder`.
+
+        Raises:
+            EngineError: the runtime refuses the model.
+        """
+
+
+@runtime_checkable
+class DeviceTimed(Protocol):
+    """An engine on a device with a clock of its own."""
+
+    def timed(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """A function that runs once on inputs that lie on the device, and returns its seconds."""
 
 
 def runtimes(target: Target) -> tuple[Target, ...]:

@@ -18,7 +18,7 @@ from compress.errors import CompressError, UsageError
 from compress.exits import NOT_MET, STOPPED, UNEXPECTED, USAGE, explain
 from compress.render import count, size
 
-COMMANDS = ("run", "inspect", "bench", "compare", "profile", "targets", "passes", "doctor")
+COMMANDS = ("run", "build", "inspect", "bench", "compare", "profile", "targets", "passes", "doctor")
 Cli = Callable[..., Any]
 QUICK = ("--time", 0, "--seconds", 0.5)
 
@@ -58,6 +58,9 @@ def test_help_of_a_command_ends_with_examples(cli: Cli, command: str) -> None:
         (["run", "m.onnx", "--objective", "speed"], "throughput"),
         (["run", "m.onnx", "--batch", "0"], "--batch"),
         (["run", "m.onnx", "--time", "-1"], "--time"),
+        (["run", "m.onnx", "--target-option", "fast"], "NAME=VALUE"),
+        (["run", "m.onnx", "--target-option", "speed=2"], "no option speed"),
+        (["build"], "DIR"),
         (["bench"], "A"),
         (["run", "m.onnx", "--mean", "0.5,x"], "0.485,0.456,0.406"),
         (["run", "m.onnx", "--input", "1x3x-2"], "1x3x224x224"),

@@ -19,9 +19,10 @@ class Candidate:
         precision: "float32", "bfloat16", "int8" or "mixed".
         settings: of that target.
         size_bytes: of the model files.
-        timing: fields of `compress.latency.Timing`.
+        timing: fields of `compress.latency.Timing`; empty where nothing was measured.
         speedup: fields of `compress.latency.Ratio` against the original; None for itself.
-        score: evaluation in the target's runtime, None without `evaluate`.
+        score: evaluation in the target's runtime, None without `evaluate`; `where` says so if it
+            was somewhere else.
         drop: fields of `compress.metrics.Drop` in points, where the score is a top-1.
         fidelity: agreement with the original on the same inputs; None for itself.
         int8_macs: share of multiply-accumulates that the runtime executes in int8, 0..1.
@@ -76,6 +77,9 @@ class Report:
         command: how to repeat it.
         created: UTC, ISO 8601.
         seconds: duration of each phase.
+        built: whether there is an engine. If not, nothing is chosen and `compress build` does that.
+        prepared: where the engine was built by `compress build`: headline, candidates, machine,
+            versions, command and date of the `compress run` before it.
     """
 
     headline: tuple[str, ...]
@@ -101,6 +105,8 @@ class Report:
     ladder: tuple[Mapping[str, Any], ...] = ()
     gap: Mapping[str, Any] = field(default_factory=dict)
     sensitivity: tuple[Mapping[str, Any], ...] = ()
+    built: bool = True
+    prepared: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:
@@ -110,6 +116,16 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """What `to_dict` gave, read back from JSON.
+
+        Raises:
+            TypeError: a field is missing, or there are others.
+        """
+        candidates = tuple(Candidate(**one) for one in values["candidates"])
+        return cls(**{**values, "candidates": candidates})
 
     def markdown(self) -> str:
         """The text of `report.md`."""

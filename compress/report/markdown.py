@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compress.report import Report
+from compress.report import Candidate, Report
 from compress.report.plots import SENSITIVITY
 from compress.report.table import (
     COLUMNS,
@@ -31,7 +31,7 @@ _REGIONS = (
 def markdown(report: Report) -> str:
     """The whole report as Markdown."""
     model, target = report.model, report.target
-    lines = [f"# {model['name']} on {target['name']}: {report.chosen}", ""]
+    lines = [f"# {model['name']} on {target['name']}: {report.chosen or 'not built'}", ""]
     lines += [f"- {sentence}" for sentence in report.headline]
     lines += ["", "## Candidates", ""]
     rows = [candidate_row(c, c.name == report.chosen) for c in report.candidates]
@@ -44,8 +44,12 @@ def markdown(report: Report) -> str:
     if report.ladder:
         lines += ["", "## Repair of the accuracy", ""]
         lines += table(LADDER, [ladder_row(row) for row in report.ladder])
-    lines += ["", _latency(report), "", "## What was tried", ""]
-    lines += table(TRIED, [tried_row(row) for row in report.tried])
+    lines += ["", _latency(report)]
+    if report.tried:
+        lines += ["", "## What was tried", ""]
+        lines += table(TRIED, [tried_row(row) for row in report.tried])
+    if report.prepared:
+        lines += ["", "## Before the build", "", *_prepared(report.prepared)]
     if report.regions:
         columns, cells = region_table(report)
         lines += ["", f"## Regions ({report.target['name']})", ""]
@@ -82,8 +86,22 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body]
 
 
+def _prepared(prepared: Mapping[str, Any]) -> list[str]:
+    """What `compress run` found on the machine that could not build."""
+    lines = [f"- {sentence}" for sentence in prepared["headline"]]
+    rows = [candidate_row(Candidate(**one), chosen=False) for one in prepared["candidates"]]
+    return [
+        *lines,
+        f"- on {prepared['machine']['cpu']}, {prepared['created']}",
+        "",
+        *table(COLUMNS, rows),
+    ]
+
+
 def _latency(report: Report) -> str:
     latency = report.latency
+    if not report.built:
+        return "Latency: not measured, since no engine is built."
     notes = " ".join(latency["notes"])
     return (
         f"{_objective(latency)}: batch {latency['batch']}, {latency['threads']} threads, "
@@ -102,11 +120,13 @@ def _objective(latency: Mapping[str, Any]) -> str:
 def _sites(report: Report) -> list[str]:
     total = sum(row["macs"] for row in report.sites)
     left = float_sites(report)
+    verb = "run" if report.built else "are to run"
     if not total:
         return ["The model has no multiply-accumulates."]
     if not left:
-        return [f"All {total / 1e6:.1f} M multiply-accumulates run in int8."]
-    lines = ["Multiply-accumulates that do not run in int8, and why:", ""]
+        return [f"All {total / 1e6:.1f} M multiply-accumulates {verb} in int8."]
+    negated = "do not run" if report.built else "are not to run"
+    lines = [f"Multiply-accumulates that {negated} in int8, and why:", ""]
     rows = [(r["name"], r["op_type"], f"{r['macs'] / total:.2%}", r["reason"]) for r in left]
     return lines + table(("site", "operator", "share of MACs", "reason"), rows)
 

@@ -11,12 +11,16 @@ from compress.report import Candidate, Report
 COLUMNS = ("", "latency p50", "speed-up", "size", "accuracy", "drop", "int8 MACs")
 
 
+NOT_MEASURED = "not measured"
+
+
 def candidate_row(candidate: Candidate, chosen: bool) -> tuple[str, ...]:
     """One line of the table of candidates."""
+    timing, measured = candidate.timing, bool(candidate.timing)
     return (
         f"{candidate.name} (artifact)" if chosen else candidate.name,
-        interval(candidate.timing, "p50_ms", "low_ms", "high_ms", " ms"),
-        speedup(candidate.speedup),
+        interval(timing, "p50_ms", "low_ms", "high_ms", " ms") if measured else NOT_MEASURED,
+        speedup(candidate.speedup) if measured else "",
         size(candidate.size_bytes),
         score(candidate.score),
         drop(candidate.drop),
@@ -51,7 +55,8 @@ def score(value: Mapping[str, Any] | None) -> str:
     """Accuracy in the target's runtime."""
     if value is None:
         return "not evaluated"
-    return f"{value['value']:.2%}" if value["unit"] == "top-1" else f"{value['value']:.4g}"
+    shown = f"{value['value']:.2%}" if value["unit"] == "top-1" else f"{value['value']:.4g}"
+    return f"{shown}, {value['where']}" if value.get("where") else shown
 
 
 def drop(value: Mapping[str, Any] | None) -> str:

@@ -63,6 +63,23 @@ def test_times_and_ratio_are_right():
     assert found.ratios["one"].value == pytest.approx(2, rel=0.02)
 
 
+def test_a_device_reads_its_own_clock() -> None:
+    """What the host waits is not what the device took."""
+
+    def device(seconds: float) -> Callable[[], float]:
+        def call() -> float:
+            busy(0.2)()
+            return seconds
+
+        return call
+
+    calls = {"one": device(3e-3), "two": device(1e-3)}
+    found = measure(calls, seconds=0.3, own_clock=True)
+    assert found.timings["one"].p50_ms == pytest.approx(3)
+    assert found.ratios["two"].value == pytest.approx(3)
+    assert found.ratios["two"].verdict == "faster"
+
+
 def test_a_candidate_is_mostly_not_faster_than_itself():
     call = busy(0.5)
     verdicts = [
