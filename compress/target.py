@@ -57,6 +57,7 @@ class FusablePattern:
         float_operand: of two operands, one that an int8 kernel writes for this operator alone may
             stay float: the runtime fuses the operator into that kernel, or reads float anyway.
         symmetric: activations that it reads want zero point 0: where they have two signs, as int8.
+        constant_weight: of a product of two tensors, the second must be a constant.
     """
 
     op: str
@@ -66,6 +67,7 @@ class FusablePattern:
     max_rank: int | None = None
     float_operand: bool = False
     symmetric: bool = False
+    constant_weight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ class Capabilities:
         int8_dot_product: the machine has an int8 dot-product instruction.
         patterns: operators that run in int8.
         weight_only: formats of weights that are stored and computed with in float.
+        profiler: the runtime tells the time of each kernel.
         notes: sentences for the user before work starts.
     """
 
@@ -101,6 +104,7 @@ class Capabilities:
     int8_dot_product: bool = True
     patterns: tuple[FusablePattern, ...] = ()
     weight_only: tuple[str, ...] = ()
+    profiler: bool = True
     notes: tuple[str, ...] = ()
 
     def pattern(self, op: str) -> FusablePattern | None:
@@ -127,12 +131,15 @@ class Kernel:
         precision: "float32", "bfloat16", "int8", "move" (layout or shape only) or "convert"
             (Q, DQ, casts).
         site: name of the site that it executes, or "" for what the runtime inserted.
+        backend: who executes it, where the runtime hands parts to a backend; "" for what the
+            runtime executes itself.
     """
 
     name: str
     op_type: str
     precision: str
     site: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True)
