@@ -131,15 +131,26 @@ def choose_passes(recipe: Recipe | None, **quantize: Any) -> tuple[Pass, ...]:
     return recipe.passes
 
 
-def check_passes(passes: Sequence[Pass], model: Model, targets: Sequence[Target]) -> None:
-    """Refuse before any work what a runtime cannot do.
+def capable(
+    passes: Sequence[Pass], model: Model, targets: Sequence[Target]
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """The runtimes that every pass applies to, and a sentence about each of the others.
 
     Raises:
-        UnsupportedError: a pass needs what none of the target's runtimes has.
+        UnsupportedError: a pass needs what the first, which speed-ups refer to, does not have.
     """
-    for step in passes:
-        for one in targets:
-            step.check(model, one)
+    found: list[Target] = []
+    sentences: list[str] = []
+    for one in targets:
+        try:
+            for step in passes:
+                step.check(model, one)
+            found.append(one)
+        except UnsupportedError as error:
+            if not found:
+                raise
+            sentences.append(f"{one.name} was not tried: {error}")
+    return tuple(found), tuple(sentences)
 
 
 def read_data(

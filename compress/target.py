@@ -61,6 +61,7 @@ class FusablePattern:
             alone stays float: the operator is computed inside that kernel.
         shared_scale: operands in int8 share one scale.
         after: of an epilogue, the roles that it may follow.
+        constant_weight: of a product of two tensors, the second must be a constant.
     """
 
     op: str
@@ -73,6 +74,7 @@ class FusablePattern:
     fused_operand: bool = False
     shared_scale: bool = False
     after: tuple[Role, ...] = ("matmul",)
+    constant_weight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class Capabilities:
         weight_groups: numbers of weights that may share a scale where such a format is understood
             only as ONNX's blocked DequantizeLinear before a linear layer; empty where ONNX
             Runtime's MatMulNBits is understood, with groups of any size.
+        profiler: the runtime tells the time of each kernel.
         notes: sentences for the user before work starts.
     """
 
@@ -122,6 +125,7 @@ class Capabilities:
     patterns: tuple[FusablePattern, ...] = ()
     weight_only: tuple[str, ...] = ()
     weight_groups: tuple[int, ...] = ()
+    profiler: bool = True
     notes: tuple[str, ...] = ()
 
     def pattern(self, op: str) -> FusablePattern | None:
@@ -148,12 +152,15 @@ class Kernel:
         precision: "float32", "bfloat16", "int8", "move" (layout or shape only) or "convert"
             (Q, DQ, casts).
         site: name of the site that it executes, or "" for what the runtime inserted.
+        backend: who executes it, where the runtime hands parts to a backend; "" for what the
+            runtime executes itself.
     """
 
     name: str
     op_type: str
     precision: str
     site: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True)
