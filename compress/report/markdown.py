@@ -10,12 +10,15 @@ from compress.report.plots import SENSITIVITY
 from compress.report.table import (
     COLUMNS,
     LADDER,
+    PREDICTED,
     TRIED,
     candidate_row,
     fidelity,
     float_sites,
     gap,
     ladder_row,
+    predicted_row,
+    predicted_sentence,
     region_table,
     sensitivity_sentence,
     sensitivity_table,
@@ -44,7 +47,14 @@ def markdown(report: Report) -> str:
     if report.ladder:
         lines += ["", "## Repair of the accuracy", ""]
         lines += table(LADDER, [ladder_row(row) for row in report.ladder])
-    lines += ["", _latency(report), "", "## What was tried", ""]
+    lines += ["", _latency(report)]
+    if report.predicted:
+        lines += ["", f"## Predicted on {report.predicted['device']['name']}", ""]
+        lines += [predicted_sentence(report.predicted), ""]
+        lines += [*table(PREDICTED, map(predicted_row, report.predicted["rows"])), ""]
+        facts = report.predicted["device"]["facts"].items()
+        lines += [f"- {name}: {f['value']:g} ({f['kind']}: {f['source']})" for name, f in facts]
+    lines += ["", "## What was tried", ""]
     lines += table(TRIED, [tried_row(row) for row in report.tried])
     if report.regions:
         columns, cells = region_table(report)
