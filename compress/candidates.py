@@ -20,7 +20,7 @@ from compress.progress import Progress
 from compress.report import Candidate
 from compress.search import Searched
 from compress.sessions import SESSIONS, measure_sessions
-from compress.target import Engine, Kernel
+from compress.target import Engine, Kernel, Shipped
 from compress.variants import BASELINE, Variant, settings
 
 DEFAULT_MAX_DROP = "1%"
@@ -218,7 +218,9 @@ def reasons(model: Model) -> Mapping[str, str]:
 
 
 def size_of(engine: Engine) -> int:
-    """Bytes of what the engine saves."""
+    """Bytes of what the engine saves, or of what the device needs of it."""
+    if isinstance(engine, Shipped):
+        return engine.shipped_bytes
     with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
         return sum(path.stat().st_size for path in engine.save(Path(folder)))
 

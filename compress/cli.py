@@ -92,12 +92,14 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "compress run model.onnx --target openvino --batch 8 --objective throughput --time 120",
     "compress run model.onnx --target tensorrt --calibration images.npz --target-option "
     "version_compatible=true",
+    "compress run model.onnx --target ort-mobile --device pixel-8 --calibration images.npz",
 )
 def run(
     model: options.Source = None,
     factory: options.Factory = None,
     target: options.RecipeTarget = None,
     target_options: options.TargetOption = None,
+    device: options.Device = None,
     bits: options.Bits = None,
     activation_bits: options.ActivationBits = None,
     simulate: options.Simulate = False,
@@ -143,6 +145,7 @@ def run(
         factory=factory,
         target=target,
         target_options=chosen,
+        device=device,
         bits=bits,
         activation_bits=activation_bits,
         simulate=simulate,
@@ -386,14 +389,17 @@ def profile(
         typer.echo(f"Written to {out}")
 
 
-@_command("targets", "compress targets", "compress targets --json")
-def targets(as_json: options.Json = False) -> None:
-    """List the targets and whether they work here."""
+@_command("targets", "compress targets", "compress targets --devices", "compress targets --json")
+def targets(devices: options.Devices = False, as_json: options.Json = False) -> None:
+    """List the targets and whether they work here, or the device sheets."""
     from compress import doctor, render
+    from compress.devices import DEVICES
 
-    rows = doctor.targets()
+    rows = [device.to_dict() for device in DEVICES] if devices else doctor.targets()
     if as_json:
         _print_json(rows)
+    elif devices:
+        render.devices(rows)
     else:
         render.targets(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.candidates import FLOAT, Limits, Measured
@@ -61,6 +62,8 @@ def _asked_for(measured: Measured) -> Decision | None:
             f"is the original float32 model."
         )
         return Decision(FLOAT, False, (sentence,))
+    if allowed[0].buys == "device":
+        return _for_device(measured, allowed)
     best = max(allowed, key=lambda one: one.speedup["value"] if one.speedup else 0.0)
     if best.buys == "numbers":
         sentence = (
@@ -68,13 +71,31 @@ def _asked_for(measured: Measured) -> Decision | None:
             f"Its size and latency say nothing about a device that has the format."
         )
     else:
-        whole = measured.all[0].candidate.size_bytes
         sentence = (
-            f"On this target {best.precision} buy size and no speed: "
-            f"{best.size_bytes / 1e6:.3g} MB instead of {whole / 1e6:.3g} MB, "
-            f"{whole / best.size_bytes:.1f} times smaller."
+            f"On this target {best.precision} buy size and no speed: {_saved(measured, best)}."
         )
     return Decision(best.name, True, (sentence,))
+
+
+def _for_device(measured: Measured, allowed: Sequence[Candidate]) -> Decision:
+    """The smallest: fewer bytes to move, and the device's int8 instructions where it has them."""
+    best = min(allowed, key=lambda one: one.size_bytes)
+    if best.precision == "float32":
+        sentence = "The artifact is float32: nothing in fewer bits is within --max-drop."
+        return Decision(best.name, False, (sentence,))
+    sentence = (
+        f"The artifact is {best.precision}, chosen without a measurement on the device: "
+        f"{_saved(measured, best)}."
+    )
+    return Decision(best.name, True, (sentence,))
+
+
+def _saved(measured: Measured, best: Candidate) -> str:
+    whole = measured.all[0].candidate.size_bytes
+    return (
+        f"{best.size_bytes / 1e6:.3g} MB instead of {whole / 1e6:.3g} MB, "
+        f"{whole / best.size_bytes:.1f} times smaller"
+    )
 
 
 def _sentence(candidate: Candidate, faster: bool, limits: Limits) -> str:
@@ -87,6 +108,8 @@ def _sentence(candidate: Candidate, faster: bool, limits: Limits) -> str:
         "slower": f"is slower than the original ({interval})",
         "cannot tell": f"cannot be told from the original in speed ({interval})",
     }[str(ratio["verdict"])]
+    if candidate.buys == "device":
+        speed += " on this machine"
     if candidate.score is None:
         reason = "no --eval" if limits.max_drop is None else "a faster one keeps the limit"
         return f"{candidate.name} {speed}; accuracy was not verified ({reason})."

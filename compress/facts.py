@@ -10,11 +10,13 @@ from typing import Any
 
 from compress.candidates import Built, Measured, reasons, site_rows
 from compress.data import Data
+from compress.device import Device
 from compress.graph import Site, macs_in_subgraphs
 from compress.model import Model, Step
 from compress.rewrites import STATISTICS
+from compress.roofline import predict
 from compress.search import Searched
-from compress.target import Kernel, ManyRuntimes, Target
+from compress.target import Kernel, ManyRuntimes, Shipped, Target
 from compress.variants import settings as settings_of
 
 LISTED = 8
@@ -91,6 +93,32 @@ def delegation(kernels: Sequence[Kernel], sites: Sequence[Site]) -> list[str]:
         f"{len(kernels) - len(own)} of {len(kernels)} operators; "
         + (f"the runtime's own kernels execute {shown}." if names else "nothing is left to others.")
     ]
+
+
+def shipping_remarks(chosen: Built) -> tuple[str, ...]:
+    """What an artifact for another device was checked for, and how it is run there."""
+    return chosen.engine.remarks() if isinstance(chosen.engine, Shipped) else ()
+
+
+def predicted_facts(
+    device: Device, sites: Sequence[Site], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The device sheet, and what the model takes at least on it, in float32 and in int8.
+
+    int8 are the operators that run so by `rows`, or all of them where none does.
+    """
+    placed = any(row["precision"] == "int8" for row in rows)
+    narrow = {row["name"] for row in rows if row["precision"] != "float32"} if placed else None
+    first = device.clusters[0].count
+    cores = sorted({1, first})
+    return {
+        "device": device.to_dict(),
+        "operators": "as placed" if placed else "all",
+        "rows": [
+            *(predict(sites, device, "float32", cores=n).to_dict() for n in cores),
+            *(predict(sites, device, "int8", cores=n, narrow=narrow).to_dict() for n in cores),
+        ],
+    }
 
 
 def calibration_facts(searched: Searched) -> dict[str, Any]:

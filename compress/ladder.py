@@ -222,7 +222,9 @@ class Ladder:
             )
             return None
         kept = state.kept_float
-        precision = "mixed" if kept and self._start.buys == "speed" else self._start.precision
+        precision = (
+            "mixed" if kept and self._start.buys in ("speed", "device") else self._start.precision
+        )
         variant = dataclasses.replace(
             self._start,
             name=f"{state.target.name} {precision} repaired",

@@ -203,6 +203,15 @@ Objective = Annotated[
     Literal["latency", "throughput"] | None,
     typer.Option(help="One request at a time, or several in flight.  [default: latency]"),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Sheet of the device that it is for (`targets --devices`): adds predicted latencies.",
+    ),
+]
+Devices = Annotated[bool, typer.Option("--devices", help="List the device sheets instead.")]
 Time = Annotated[
     float | None,
     typer.Option(

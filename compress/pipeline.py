@@ -21,6 +21,7 @@ from compress.candidates import Built, Limits, measure_finals
 from compress.data import Data
 from compress.decision import choose
 from compress.deferred import Preparation, check_deferred, prepare
+from compress.devices import find_device
 from compress.facts import (
     calibration_facts,
     command_line,
@@ -28,8 +29,10 @@ from compress.facts import (
     delegation,
     model_facts,
     plan_of,
+    predicted_facts,
     region_rows,
     remarks,
+    shipping_remarks,
     shown_model,
     site_rows_of,
     step_facts,
@@ -50,7 +53,14 @@ from compress.repair import measure_sensitivity, repair
 from compress.report import Report
 from compress.search import search
 from compress.settings import NAMES as SETTING_NAMES
-from compress.settings import Settings, capable, check_half, choose_passes, read_data
+from compress.settings import (
+    Settings,
+    capable,
+    check_half,
+    check_speed,
+    choose_passes,
+    read_data,
+)
 from compress.target import BuiltElsewhere, Target, runtimes
 from compress.variants import settings as settings_of
 from compress.workload import Workload, check_workload, make_workload
@@ -97,6 +107,7 @@ def run(
     *,
     target: str | None = None,
     target_options: Mapping[str, Any] | None = None,
+    device: str | None = None,
     bits: int | str | Sequence[int | str] | None = None,
     activation_bits: int | str | None = None,
     simulate: bool = False,
@@ -132,6 +143,8 @@ def run(
         model: a path, a torch module, an ONNX model, or None with `factory` or a recipe.
         target: name of a registered target; "cpu", which takes the fastest runtime.
         target_options: fields of the target's dataclass, by name.
+        device: name of a device sheet (`compress.devices`); the report gets the latencies that its
+            peak rates predict.
         bits: of weights and activations: 8, 4 (weights only), 16 (bfloat16 where the CPU has it),
             "auto", or several, such as "4,8", to choose from for each operator; with `simulate`
             any format, such as 6 or "fp8".
@@ -191,6 +204,7 @@ def run(
         check_deferred(destination, simulate=simulate, objective=settings.objective)
     else:
         require_target(destination)
+    sheet = find_device(settings.device) if settings.device is not None else None
     with clock.phase("load"):
         original = load(
             settings.model,
@@ -206,6 +220,7 @@ def run(
     served, unable = capable((*passes, *alternatives), original, served)
     data, evaluator, training = read_data(settings, original)
     limits = Limits.parse(settings.max_drop, settings.min_speedup, evaluator is not None)
+    check_speed(limits.min_speedup, destination)
 
     context = Context(
         target=destination,
@@ -300,6 +315,7 @@ def run(
     chosen = measured.built(decision.chosen)
     if climbed is not None and chosen.variant is climbed.variant:
         passes = climbed.passes
+    rows = site_rows_of(sites, measured, decision.chosen)
     gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(
         headline=(
@@ -307,17 +323,19 @@ def run(
             *unable,
             *delegation(chosen.engine.kernels(), sites),
             *remarks(searched, exported, destination),
+            *shipping_remarks(chosen),
         ),
         met=decision.met,
         chosen=decision.chosen,
         budget=limits.to_dict(),
         candidates=tuple(one.candidate for one in measured.all),
-        sites=site_rows_of(sites, measured, decision.chosen),
+        sites=rows,
         tried=tuple(searched.screening.rows()),
         regions=region_rows(searched, chosen),
         ladder=tuple(map(dataclasses.asdict, climbed.attempts)) if climbed is not None else (),
         gap=gap,
         sensitivity=tuple(context.memo.get("quantize.sensitivity", ())),
+        predicted=predicted_facts(sheet, sites, rows) if sheet is not None else {},
         latency=measured.latency,
         command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -21,11 +21,9 @@ _COUNT: _Kind = ("a whole number", (int,), ())
 _NUMBER: _Kind = ("a number", (int, float), ())
 _NUMBERS: _Kind = ("a number or a list of numbers", (int, float, list), (int, float))
 SETTINGS: Mapping[str, _Kind] = {
-    **dict.fromkeys(
-        ("model", "factory", "target", "calibration", "evaluate", "train", "layout", "objective"),
-        _TEXT,
-    ),
     "target_options": ("a mapping of options", (dict,), ()),
+    **dict.fromkeys(("model", "factory", "target", "device", "layout", "objective"), _TEXT),
+    **dict.fromkeys(("calibration", "evaluate", "train"), _TEXT),
     "inputs": ("a list of texts", (list,), (str,)),
     **dict.fromkeys(("threads", "batch", "seed"), _COUNT),
     **dict.fromkeys(("mean", "std"), _NUMBERS),

@@ -28,9 +28,12 @@ def initializer_bytes(graph_model: ir.Model) -> int:
 
 
 def session(
-    graph_model: ir.Model, options: ort.SessionOptions, providers: Iterable[str]
+    graph_model: ir.Model,
+    options: ort.SessionOptions,
+    providers: Iterable[str],
+    left_out: Iterable[str] = (),
 ) -> ort.InferenceSession:
-    """An ONNX Runtime session of an IR model of any size.
+    """An ONNX Runtime session of an IR model of any size, without the optimizers in `left_out`.
 
     Raises:
         EngineError: ONNX Runtime refuses the model.
@@ -38,14 +41,15 @@ def session(
     ort.disable_telemetry_events()
     # Errors come back as exceptions; ONNX Runtime would print them to the terminal as well.
     options.log_severity_level = 4
+    how = {"providers": list(providers), "disabled_optimizers": list(left_out)}
     try:
         if initializer_bytes(graph_model) < _PROTOBUF_LIMIT_BYTES:
             serialized = ir.to_proto(graph_model).SerializeToString()
-            return ort.InferenceSession(serialized, options, providers=list(providers))
+            return ort.InferenceSession(serialized, options, **how)
         with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
             path = Path(folder) / "model.onnx"
             ir.save(graph_model, path, external_data="model.data")
-            return ort.InferenceSession(str(path), options, providers=list(providers))
+            return ort.InferenceSession(str(path), options, **how)
     except Exception as error:
         raise EngineError(f"ONNX Runtime {ort.__version__} refuses the model: {error}") from error
 

@@ -150,6 +150,30 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> None:
     console().print(table)
 
 
+def devices(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of `compress targets --devices`."""
+    right = ("float32 GFLOP/s", "float16 GFLOP/s", "int8 GOP/s", "GB/s", "GB")
+    table = _table("device", "cores", "features", right=right, last="unverified")
+    for row in rows:
+        peaks = (row["peak_gops"][precision] for precision in ("float32", "float16", "int8"))
+        doubtful = sum(fact["kind"] == "unverified" for fact in row["facts"].values())
+        table.add_row(
+            row["name"],
+            ", ".join(row["cores"]),
+            ", ".join(row["features"]),
+            *(f"{peak:.0f}" if peak is not None else "" for peak in peaks),
+            f"{row['bandwidth_gb_s']:g}",
+            f"{row['memory_gb']:g}",
+            f"{doubtful} of {len(row['facts'])} facts",
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        "Peaks are of the first kind of core, all of them together. --json has all sources.",
+        highlight=False,
+    )
+
+
 def passes(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of `compress passes`."""
     table = _table("pass", "stage", "what it does", "options", "from")

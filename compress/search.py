@@ -20,7 +20,7 @@ from compress.mixed import (
 )
 from compress.model import Model
 from compress.progress import Progress
-from compress.target import Adjustable, Target
+from compress.target import Adjustable, Elsewhere, Target
 from compress.trial import Trials
 from compress.variants import BASELINE, Screening, Variant, settings, uniform_variants
 from compress.workload import Workload
@@ -73,18 +73,20 @@ def search(
     """
     start = time.monotonic()
     baseline, *variants = uniform_variants(original, lowered)
+    # What is fastest here need not be fastest on another device.
+    placing = seconds > 0 and not isinstance(baseline.target, Elsewhere)
     title = "Search for the fastest runtime and placement"
     with Trials() as trials, progress(title, total=seconds or None) as advance:
         screening = Screening(workload, _baseline(baseline, workload), advance, trials, seed)
         screening.time(variants)
         placements: dict[str, Placement] = {}
-        if seconds > 0:
+        if placing:
             placements = _place(lowered, screening, start + seconds, memory)
             _adjust(screening)
         finalists = _refined(_finalists(screening), lowered, screening)
     spent = time.monotonic() - start
     notes = tuple(found.note for found in placements.values() if found.note)
-    if seconds > 0 and not placements and spent > seconds:
+    if placing and not placements and spent > seconds:
         notes = (f"--time {seconds:g} was over before a mixed placement could be searched.",)
     return Searched(finalists, screening, placements, spent, notes)
 

@@ -18,7 +18,7 @@ from compress.passes import Pass
 from compress.recipe import Recipe, default_passes
 from compress.registry import create_target
 from compress.search import DEFAULT_SECONDS
-from compress.target import BuiltElsewhere, Target
+from compress.target import BuiltElsewhere, Elsewhere, Target
 
 HALF = ("bfloat16", "float16")
 
@@ -32,6 +32,7 @@ class Settings:
     inputs: Sequence[str | TensorSpec] = ()
     target: str = "cpu"
     target_options: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
     threads: int | None = None
     calibration: Any = None
     evaluate: Any = None
@@ -170,6 +171,19 @@ def read_data(
     if settings.train is not None:
         training = load_data(settings.train, model.inputs, **how)
     return data, evaluator, training
+
+
+def check_speed(min_speedup: float | None, target: Target) -> None:
+    """Refuse --min-speedup where nothing is measured that it could refer to.
+
+    Raises:
+        UsageError: the artifact runs on another device.
+    """
+    if min_speedup is not None and isinstance(target, Elsewhere):
+        raise UsageError(
+            f"--min-speedup {min_speedup:g} cannot be checked for {target.name}: its artifact runs "
+            f"on another device, and speed there is not measured. Leave the option out."
+        )
 
 
 def check_half(bits: object, targets: Sequence[Target]) -> None:

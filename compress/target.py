@@ -86,6 +86,7 @@ class Capabilities:
         opset: ONNX opset to export to.
         precisions: what the target can execute, e.g. ("float32", "int8").
         activation: integer type of activations that the int8 kernels are fast with.
+        asymmetric: int8 activations may have a zero point; those in uint8 always may.
         weight: integer type of weights.
         reduced_weights: weights use 7 of 8 bits, so that int16 accumulation cannot saturate.
         restricted_weights: weights leave out the most negative integer, -128 of int8.
@@ -112,6 +113,7 @@ class Capabilities:
     opset: int
     precisions: tuple[str, ...]
     activation: Literal["uint8", "int8"] = "uint8"
+    asymmetric: bool = False
     weight: Literal["int8"] = "int8"
     reduced_weights: bool = False
     restricted_weights: bool = False
@@ -127,6 +129,11 @@ class Capabilities:
     weight_groups: tuple[int, ...] = ()
     profiler: bool = True
     notes: tuple[str, ...] = ()
+
+    @property
+    def symmetric_activations(self) -> bool:
+        """Whether zero points of activations are 0."""
+        return self.activation == "int8" and not self.asymmetric
 
     def pattern(self, op: str) -> FusablePattern | None:
         """The pattern of one operator type, or None where it stays float."""
@@ -221,6 +228,25 @@ class Isolated(Protocol):
     """A target whose runtime has been seen to crash; models are first built in another process."""
 
     isolated: ClassVar[bool]
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """A target whose artifact runs on another device: speed measured here decides nothing."""
+
+    elsewhere: ClassVar[bool]
+
+
+@runtime_checkable
+class Shipped(Protocol):
+    """An engine whose artifact goes to another device."""
+
+    @property
+    def shipped_bytes(self) -> int:
+        """Of the file that the device needs; others of the artifact serve the way there."""
+
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the report: what was checked for the device, and how to run it there."""
 
 
 @runtime_checkable

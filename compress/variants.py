@@ -16,7 +16,7 @@ from compress.lowering import Lowered
 from compress.model import Model
 from compress.passes import Compressing, Pass
 from compress.progress import Tracker
-from compress.target import Engine, Isolated, Target
+from compress.target import Elsewhere, Engine, Isolated, Target
 from compress.trial import Trials
 from compress.workload import Workload
 
@@ -39,7 +39,8 @@ class Variant:
         made_by: the pass that compressed it, where no placement did, or "".
         failure: why a pass could not make the model, or ""; `model` is then what it was given.
         buys: what it is made for: "speed", "size" (weights in fewer bits than the runtime computes
-            with) or "numbers" (formats that are only simulated).
+            with), "device" (speed where it cannot be measured) or "numbers" (formats that are only
+            simulated).
     """
 
     name: str
@@ -64,7 +65,8 @@ def uniform_variants(original: Model, lowered: Sequence[Lowered]) -> list[Varian
         unchanged = one is lowered[0] and one.float_model.history == original.history
         wide = "bfloat16" in target.capabilities.precisions
         if not unchanged:
-            variants.append(Variant(f"{name} float32", target, one.float_model, "float32"))
+            rewritten = Variant(f"{name} float32", target, one.float_model, "float32")
+            variants.append(dataclasses.replace(rewritten, buys=_buys(None, target)))
         if wide:
             # What an int8 model leaves in float is bfloat16 then, too.
             target = dataclasses.replace(target, precision="bfloat16")  # type: ignore[type-var]
@@ -96,13 +98,18 @@ def _compressed(one: Lowered, target: Target) -> list[Variant]:
             one.float_model,
             precision,
             made_by=step.name if step else "",
-            buys=getattr(own, "buys", "speed"),
+            buys=_buys(own, target),
         )
         try:
             variants.append(dataclasses.replace(variant, model=make()))
         except (EngineError, UnsupportedError) as error:
             variants.append(dataclasses.replace(variant, failure=str(error)))
     return variants
+
+
+def _buys(step: Pass | None, target: Target) -> str:
+    bought = str(getattr(step, "buys", "speed"))
+    return "device" if bought == "speed" and isinstance(target, Elsewhere) else bought
 
 
 @dataclass

@@ -102,7 +102,7 @@ def static_plan(
             that several of them read has the widest of their activation formats.
     """
     formats = formats or {}
-    usual = QuantSpec(dtype=capabilities.activation, symmetric=capabilities.activation == "int8")
+    usual = QuantSpec(capabilities.activation, symmetric=capabilities.symmetric_activations)
     signed = symmetric_tensors(graph, placement, capabilities)
     producers = {out.name: node for node in graph for out in node.outputs}
     read = _activation_formats(graph, formats)

@@ -282,7 +282,7 @@ class Quantize:
             activation = max(activation, width) if width == self.edge_bits else activation
         signed = capabilities.activation == "int8"
         dtype = dtype_of(activation, signed)
-        symmetric = signed or isinstance(activation, str)
+        symmetric = capabilities.symmetric_activations or isinstance(activation, str)
         return SiteFormat(
             QuantSpec(dtype_of(width, signed=True)),  # type: ignore[arg-type]
             QuantSpec(dtype, symmetric=symmetric),  # type: ignore[arg-type]

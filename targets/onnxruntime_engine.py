@@ -98,7 +98,7 @@ class OnnxRuntimeEngine:
     outputs: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._session = session(self.graph_model, _options(self.settings), _PROVIDERS)
+        self._session = self._open(session_options(self.settings))
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
@@ -115,12 +115,12 @@ class OnnxRuntimeEngine:
         """The optimized graph as ONNX Runtime writes it."""
         with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
             path = Path(folder) / "optimized.onnx"
-            options = _options(self.settings)
+            options = session_options(self.settings)
             options.optimized_model_filepath = str(path)
             if _is_large(self.graph_model):
                 key = "session.optimized_model_external_initializers_file_name"
                 options.add_session_config_entry(key, "optimized.data")
-            session(self.graph_model, options, _PROVIDERS)
+            self._open(options)
             optimized = onnx.load(str(path), load_external_data=False)
         sites = _Sites(self.graph_model)
         integers = {i.name for i in optimized.graph.initializer if i.data_type in _INTEGER_TYPES}
@@ -134,21 +134,25 @@ class OnnxRuntimeEngine:
     def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
         """Median time of each kernel under ONNX Runtime's profiler."""
         with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-            options = _options(self.settings)
+            options = session_options(self.settings)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            runtime = session(self.graph_model, options, _PROVIDERS)
+            runtime = self._open(options)
             for _ in range(runs + 3):
                 run(runtime, inputs)
             events = json.loads(Path(runtime.end_profiling()).read_text())
         return _kernel_times(events, _Sites(self.graph_model), runs)
 
+    def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        return session(self.graph_model, options, PROVIDERS)
 
-_PROVIDERS = ("CPUExecutionProvider",)
+
+PROVIDERS = ("CPUExecutionProvider",)
 _INTEGER_TYPES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 
-def _options(settings: SessionSettings) -> ort.SessionOptions:
+def session_options(settings: SessionSettings) -> ort.SessionOptions:
+    """The same for ONNX Runtime."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads
     level = ort.GraphOptimizationLevel

@@ -26,7 +26,8 @@ class Candidate:
         drop: fields of `compress.metrics.Drop` in points, where the score is a top-1.
         fidelity: agreement with the original on the same inputs; None for itself.
         int8_macs: share of multiply-accumulates that the runtime executes in int8, 0..1.
-        buys: what it is made for: "speed", "size" or "numbers" (simulated formats).
+        buys: what it is made for: "speed", "size", "device" (speed elsewhere, which is not
+            measured) or "numbers" (simulated formats).
         allowed: whether it keeps the budget's limit on the drop.
     """
 
@@ -66,6 +67,8 @@ class Report:
             top1_agreement, sqnr_db; empty where there is none.
         sensitivity: what quantizing one operator alone costs: one row per operator and format, with
             name, format and metrics by name, the one that decides first; `plots` draws them.
+        predicted: where a device sheet was named: the sheet, and rows of
+            `compress.roofline.Prediction`; nothing of it is measured.
         latency: how the timing was made.
         calibration: where ranges come from, and the hash of the data.
         evaluation: what was scored, and the hash of the data.
@@ -107,6 +110,7 @@ class Report:
     sensitivity: tuple[Mapping[str, Any], ...] = ()
     built: bool = True
     prepared: Mapping[str, Any] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:

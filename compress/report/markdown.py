@@ -10,12 +10,15 @@ from compress.report.plots import SENSITIVITY
 from compress.report.table import (
     COLUMNS,
     LADDER,
+    PREDICTED,
     TRIED,
     candidate_row,
     fidelity,
     float_sites,
     gap,
     ladder_row,
+    predicted_row,
+    predicted_sentence,
     region_table,
     sensitivity_sentence,
     sensitivity_table,
@@ -50,6 +53,12 @@ def markdown(report: Report) -> str:
         lines += table(TRIED, [tried_row(row) for row in report.tried])
     if report.prepared:
         lines += ["", "## Before the build", "", *_prepared(report.prepared)]
+    if report.predicted:
+        lines += ["", f"## Predicted on {report.predicted['device']['name']}", ""]
+        lines += [predicted_sentence(report.predicted), ""]
+        lines += [*table(PREDICTED, map(predicted_row, report.predicted["rows"])), ""]
+        facts = report.predicted["device"]["facts"].items()
+        lines += [f"- {name}: {f['value']:g} ({f['kind']}: {f['source']})" for name, f in facts]
     if report.regions:
         columns, cells = region_table(report)
         lines += ["", f"## Regions ({report.target['name']})", ""]

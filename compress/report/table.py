@@ -197,3 +197,28 @@ def gap(values: Mapping[str, Any]) -> str:
         f"Artifact in its runtime against the simulation: {first} of {values['samples']} "
         f"samples{sqnr}."
     )
+
+
+PREDICTED = ("", "cores", "latency (predicted)", "limited by memory")
+
+
+def predicted_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line of the table of predicted latencies."""
+    latency = f"{row['predicted_ms']:.3g} ms"
+    return (row["precision"], str(row["cores"]), latency, f"{row['memory_bound']:.0%}")
+
+
+def predicted_sentence(predicted: Mapping[str, Any]) -> str:
+    """What the figures are, and on how firm a ground they stand."""
+    device = predicted["device"]
+    facts = device["facts"]
+    doubtful = [about for about, fact in facts.items() if fact["kind"] == "unverified"]
+    narrow = "" if predicted["operators"] == "as placed" else " (all operators)"
+    sentence = (
+        f"Predicted from the sheet of {device['title']}, not measured: the sum over operators of "
+        f"max(MACs / peak, bytes / bandwidth), for float32 and int8{narrow}. No kernel reaches "
+        f"these peaks, so the device takes longer."
+    )
+    if doubtful:
+        sentence += f" Unverified in the sheet: {', '.join(doubtful)}."
+    return sentence

@@ -8,11 +8,14 @@ from compress.report import Report
 from compress.report.table import (
     COLUMNS,
     LADDER,
+    PREDICTED,
     candidate_row,
     fidelity,
     float_sites,
     gap,
     ladder_row,
+    predicted_row,
+    predicted_sentence,
     sensitivity_sentence,
     sensitivity_table,
     tried_row,
@@ -43,6 +46,7 @@ def render(report: Report, console: Console) -> None:
             text = f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."
             console.print(text, highlight=False, markup=False)
     _repair(report, console)
+    _predicted(report, console)
     finals = {candidate.name for candidate in report.candidates}
     others = [tried_row(row) for row in report.tried if row["name"] not in finals]
     for name, speed, *_ in others[:_FEW_ROWS]:
@@ -78,3 +82,15 @@ def _repair(report: Report, console: Console) -> None:
             ladder.add_row(*map(escape, ladder_row(attempt)))
         console.print("Repair of the accuracy:", highlight=False)
         console.print(ladder)
+
+
+def _predicted(report: Report, console: Console) -> None:
+    """What the sheet of the device predicts."""
+    from rich.table import Table
+
+    if report.predicted:
+        console.print(predicted_sentence(report.predicted), highlight=False, markup=False)
+        rows = Table(*PREDICTED, box=None, padding=(0, 2, 0, 2), header_style="bold")
+        for row in report.predicted["rows"]:
+            rows.add_row(*predicted_row(row))
+        console.print(rows)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,31 @@ def test_the_fastest_that_is_allowed_is_chosen() -> None:
     fast = candidate("int8", 3.0, "faster", allowed=False)
     found = choose(measured(fast, candidate("bfloat16", 2.0, "faster")), Limits(None, None))
     assert found.chosen == "bfloat16"
+
+
+def test_for_another_device_the_smallest_that_is_allowed_is_chosen() -> None:
+    def sized(name: str, size_bytes: int, allowed: bool = True) -> Built:
+        one = candidate(name, 0.5, "slower", allowed, precision=name, buys="device")
+        smaller = dataclasses.replace(one.candidate, size_bytes=size_bytes)
+        return dataclasses.replace(one, candidate=smaller)
+
+    original = sized("float32", 4_000_000)
+    rewritten = sized("rewritten", 3_900_000)
+    rewritten = dataclasses.replace(
+        rewritten, candidate=dataclasses.replace(rewritten.candidate, precision="float32")
+    )
+    good = Measured((original, rewritten, sized("int8", 1_000_000)), {})
+    found = choose(good, Limits(None, None))
+    assert (found.chosen, found.met) == ("int8", True)
+    assert "(0.50x [0.40, 0.60]) on this machine" in found.sentences[1]
+    assert found.sentences[-1] == (
+        "The artifact is int8, chosen without a measurement on the device: 1 MB instead of 4 MB, "
+        "4.0 times smaller."
+    )
+    lossy = Measured((original, rewritten, sized("int8", 1_000_000, allowed=False)), {})
+    found = choose(lossy, Limits(None, None))
+    assert (found.chosen, found.met) == ("rewritten", False)
+    assert "nothing in fewer bits is within --max-drop" in found.sentences[-1]
 
 
 def test_the_sentence_says_what_was_lost() -> None:
