@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.errors import (
         CompressError,
         DataError,
+        DeviceError,
         EngineError,
         ExportError,
         LoadError,
@@ -50,6 +51,7 @@ _HOME = {
     "Context": "compress.passes",
     "Data": "compress.data",
     "DataError": "compress.errors",
+    "DeviceError": "compress.errors",
     "Engine": "compress.target",
     "EngineError": "compress.errors",
     "ExportError": "compress.errors",
@@ -79,6 +81,7 @@ __all__ = [
     "Context",
     "Data",
     "DataError",
+    "DeviceError",
     "Engine",
     "EngineError",
     "ExportError",
