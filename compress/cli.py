@@ -90,6 +90,7 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "compress run --model torchvision.models:resnet18 --input 1x3x224x224 --threads 1 --json",
     "compress run model.onnx --bits fp8 --simulate --calibration images.npz --eval test.npz",
     "compress run model.onnx --target openvino --batch 8 --objective throughput --time 120",
+    "compress run model.onnx --calibration images.npz --device ssh://pi@192.168.1.7",
 )
 def run(
     model: options.Source = None,
@@ -120,6 +121,7 @@ def run(
     seconds: options.RecipeSeconds = None,
     sensitivity: options.Sensitivity = False,
     seed: options.RecipeSeed = None,
+    devices: options.Devices = None,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
@@ -164,6 +166,7 @@ def run(
         sensitivity=sensitivity or None,
         seed=seed,
         trust_pickle=trust_pickle,
+        devices=devices or (),
         progress=_progress(),
     )
     if as_json:
@@ -217,20 +220,38 @@ def inspect(
     "compress bench model.onnx",
     "compress bench model.onnx model-cpu --threads 1",
     "compress bench model-cpu model-cpu   # how far two equal things seem apart",
+    "compress bench model.onnx model-cpu --device ssh://pi@192.168.1.7 --device ssh://jetson",
 )
 def bench(
     first: options.Built,
     others: options.Others = None,
+    devices: options.Devices = None,
     threads: options.Threads = None,
     batch: options.Batch = 1,
     seconds: options.Seconds = 10.0,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Measure latency, several models in turns."""
+    """Measure latency, several models in turns: here, or with --device on other machines."""
     from compress import render
     from compress.side_by_side import bench as measure_all
+    from compress.side_by_side import bench_on
 
+    if devices:
+        found = bench_on(
+            devices,
+            [first, *(others or [])],
+            threads=threads,
+            batch=batch,
+            seconds=seconds,
+            seed=seed,
+            progress=_progress(),
+        )
+        if as_json:
+            _print_json({"devices": [one.to_dict() for one in found]})
+        else:
+            render.devices(found)
+        return
     comparison = measure_all(
         [first, *(others or [])],
         threads=threads,

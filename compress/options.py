@@ -154,6 +154,15 @@ Others = Annotated[
     list[str] | None,
     typer.Argument(metavar="B", help="More of them, compared with A."),
 ]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--device",
+        metavar="ADDRESS",
+        help="Measure there: ssh://user@host[:port] or adb://serial; ?python=/path/to/python "
+        "behind it names another Python. Repeatable.",
+    ),
+]
 Second = Annotated[str, typer.Argument(metavar="B", help="The other one.", show_default=False)]
 
 # For `run`, None leaves the word to the recipe and then to the default.

@@ -21,11 +21,12 @@ from compress import artifact
 from compress.candidates import Built, Limits, measure_finals
 from compress.data import Data
 from compress.decision import choose
-from compress.errors import EngineError
+from compress.errors import EngineError, UsageError
 from compress.facts import (
     calibration_facts,
     command_line,
     data_facts,
+    device_remarks,
     model_facts,
     plan_of,
     region_rows,
@@ -46,6 +47,7 @@ from compress.passes import Context
 from compress.progress import Progress, silent
 from compress.recipe import Recipe
 from compress.registry import require_target
+from compress.remote import Device, check_devices, parse_devices
 from compress.repair import measure_sensitivity, repair
 from compress.report import Report
 from compress.search import search
@@ -118,6 +120,7 @@ def run(
     seed: int | None = None,
     trust_pickle: bool = False,
     overwrite: bool = False,
+    devices: Sequence[str | Device] = (),
     progress: Progress = silent,
 ) -> RunResult:
     """Compress a model for a target and write the artifact.
@@ -161,6 +164,8 @@ def run(
         seed: of everything random; 0.
         trust_pickle: unpickle `model` even if that executes code.
         overwrite: replace an existing artifact.
+        devices: addresses such as "ssh://user@host" or "adb://serial"; the final candidates are
+            measured on each, and the first that answers decides which is fastest.
         progress: opens a tracker for each long step.
 
     Raises:
@@ -190,6 +195,7 @@ def run(
         )
     directory = Path(out) if out is not None else Path(f"{original.name}-{destination.name}")
     check_workload(original, batch=settings.batch, objective=settings.objective)
+    machines = _reachable(devices, settings.objective)
     artifact.check_output(directory, overwrite)
     served = runtimes(destination)[:1] if simulate else runtimes(destination)
     check_half(bits if not simulate else None, served)
@@ -243,6 +249,7 @@ def run(
         seed=settings.seed,
         progress=progress,
         known=scores,
+        devices=machines,
     )
     with clock.phase("measure"):
         measured = finals(searched)
@@ -273,7 +280,11 @@ def run(
         passes = climbed.passes
     gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(
-        headline=(*decision.sentences, *remarks(searched, exported, destination)),
+        headline=(
+            *device_remarks(measured),
+            *decision.sentences,
+            *remarks(searched, exported, destination),
+        ),
         met=decision.met,
         chosen=decision.chosen,
         budget=limits.to_dict(),
@@ -284,6 +295,7 @@ def run(
         ladder=tuple(map(dataclasses.asdict, climbed.attempts)) if climbed is not None else (),
         gap=gap,
         sensitivity=tuple(context.memo.get("quantize.sensitivity", ())),
+        devices=tuple(one.to_dict() for one in measured.devices),
         latency=measured.latency,
         command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -299,6 +311,24 @@ def run(
     with clock.phase("write"):
         report = _write(report, chosen, recipe_text, directory, clock)
     return RunResult(report, directory)
+
+
+def _reachable(devices: Sequence[str | Device], objective: str) -> tuple[Device, ...]:
+    """The devices, which answer.
+
+    Raises:
+        UsageError: an address is wrong, or throughput is asked for.
+        DeviceError: one does not answer, or can run nothing.
+    """
+    found = parse_devices(devices)
+    if found and objective != "latency":
+        raise UsageError(
+            f"--device measures the latency of single requests, and --objective {objective} was "
+            f"given. Leave one of them out."
+        )
+    if found:
+        check_devices(found)
+    return found
 
 
 class _Clock:

@@ -7,7 +7,7 @@ import shlex
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, ClassVar, Self
 
 from compress.errors import DeviceError, UsageError
@@ -15,6 +15,7 @@ from compress.remote import Answer, Job
 from targets import remote
 from targets.process import MOST_BYTES, Ran, call, find
 from targets.remote_options import Options
+from targets.remote_session import LostError
 
 FOLDER = "/data/local/tmp"
 """Where the shell user may write and execute (Android's own tools and tests work there)."""
@@ -81,7 +82,7 @@ class AdbDevice:
         hold: bool = False,
         most_bytes: int = MOST_BYTES,
     ) -> Ran:
-        """Run a command there; see `targets.remote.Transport`."""
+        """Run a command there; see `targets.remote_session.Transport`."""
         ran = call(
             [*self._client(), "shell", "-T", shlex.join(command)],
             timeout_seconds=timeout_seconds,
@@ -93,12 +94,8 @@ class AdbDevice:
         return self._answered(ran)
 
     def put(self, local: Path, path: str, *, timeout_seconds: float, stop: threading.Event) -> Ran:
-        """Copy a file; see `targets.remote.Transport`."""
-        parent = str(PurePosixPath(path).parent)
-        made = self.shell(["mkdir", "-p", parent], timeout_seconds=timeout_seconds, stop=stop)
-        if made.code:
-            return made
-        command = [*self._client(), "push", str(local), path]
+        """Copy what a folder holds; see `targets.remote_session.Transport`."""
+        command = [*self._client(), "push", f"{local}/.", f"{path}/"]
         return self._answered(call(command, timeout_seconds=timeout_seconds, stop=stop))
 
     def _client(self) -> list[str]:
@@ -116,7 +113,7 @@ class AdbDevice:
                 f"question about USB debugging, then see `adb devices`."
             )
         if _GONE.search(text):
-            raise remote.LostError(
+            raise LostError(
                 f"{self.address} cannot be reached, or the connection broke: {text[-200:]} See "
                 f"`adb devices`."
             )

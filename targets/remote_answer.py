@@ -75,7 +75,12 @@ def answer_of(result: Mapping[str, Any], runs: Sequence[Packed], address: str) -
 
 def _blocks(values: Mapping[str, Any]) -> Blocks:
     medians, p90 = np.asarray(values["medians_ms"], np.float64), float(values["p90_ms"])
-    if medians.ndim != 1 or not np.all(np.isfinite(medians) & (medians > 0)) or not 0 < p90 < 1e9:
+    if (
+        medians.ndim != 1
+        or not medians.size
+        or not np.all(np.isfinite(medians) & (medians > 0))
+        or not 0 < p90 < 1e9
+    ):
         raise ValueError("a time is no positive number")
     return Blocks(medians, p90, int(values["runs"]), bool(values["warm"]))
 

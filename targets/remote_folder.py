@@ -8,12 +8,18 @@ import os
 import platform
 import re
 import secrets
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 PREFIX = "hwcompress-"
 SAYS = "hwcompress: "
 """Begins each line that is meant for us; a device's start-up files may print others."""
+_PROBE = (
+    "import importlib.util as u, sys; "
+    f'print("{SAYS}modules", *[m for m in sys.argv[1:] if u.find_spec(m)])'
+)
+_MODULES = "numpy onnxruntime openvino executorch"
 PREPARE = f"""umask 077
 cd "${{1:-${{TMPDIR:-/tmp}}}}" || exit 1
 mkdir "$2" || exit 1
@@ -23,8 +29,9 @@ for f in {PREFIX}*; do [ -d "$f" ] && [ ! -L "$f" ] && [ -O "$f" ] && echo "{SAY
 find . -maxdepth 1 -type d -name "{PREFIX}*" -mtime +0 | sed "s|^\\./|{SAYS}old |"
 shift 2
 for p in "$@"; do f=$(command -v "$p") && echo "{SAYS}has $p $f"; done
+command -v "$1" >/dev/null && "$1" -c {shlex.quote(_PROBE)} {_MODULES}
 true"""
-"""POSIX shell; arguments: the folder to work in or "", the name of a new one, programs to find."""
+"""POSIX shell; arguments: the folder to work in or "", the name of a new one, the Python, tools."""
 _NAME = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{16}}")
 
 

@@ -1,13 +1,15 @@
 """Devices over ssh: the system's client, with the user's own configuration, keys and known hosts.
 
-Files travel through `cat` on the device, so that it needs a shell and no SFTP server. A host key
-that is wrong or unknown is an error; nothing here weakens the check.
+Files travel as one archive through `tar` on the device, so that it needs a shell and no SFTP
+server. A host key that is wrong or unknown is an error; nothing here weakens the check.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import tarfile
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,13 +22,13 @@ from compress.remote import Answer, Job
 from targets import remote
 from targets.process import MOST_BYTES, Ran, call, find
 from targets.remote_options import Options
+from targets.remote_session import LostError
 
 _ADDRESS = re.compile(
     r"ssh://(?:(?P<user>[A-Za-z_][A-Za-z0-9._-]*)@)?"
     r"(?P<host>[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\])"
     r"(?::(?P<port>[1-9]\d{0,4}))?/?"
 )
-_WRITE = 'mkdir -p "${1%/*}" && cat > "$1"'
 _CONNECT_SECONDS = 10
 FIXED = {
     "BatchMode": "yes",
@@ -44,6 +46,13 @@ FIXED = {
 """Options that no configuration changes (ssh_config(5)): the command line comes first."""
 _LOST = 255
 """ssh's own exit code; that of the command is passed on (ssh(1), EXIT STATUS)."""
+
+
+def _nobody(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Owned by whoever unpacks it."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +128,7 @@ class SshDevice:
         hold: bool = False,
         most_bytes: int = MOST_BYTES,
     ) -> Ran:
-        """Run a command there; see `targets.remote.Transport`."""
+        """Run a command there; see `targets.remote_session.Transport`."""
         ran = call(
             [*self._client(), "--", self.host, shlex.join(command)],
             timeout_seconds=timeout_seconds,
@@ -133,9 +142,12 @@ class SshDevice:
         return ran
 
     def put(self, local: Path, path: str, *, timeout_seconds: float, stop: threading.Event) -> Ran:
-        """Copy a file; see `targets.remote.Transport`."""
-        with local.open("rb") as stream:
-            command = ["sh", "-c", _WRITE, "sh", path]
+        """Copy what a folder holds; see `targets.remote_session.Transport`."""
+        with tempfile.TemporaryFile() as stream:
+            with tarfile.open(fileobj=stream, mode="w") as archive:
+                archive.add(local, arcname=".", filter=_nobody)
+            stream.seek(0)
+            command = ["tar", "-xf", "-", "-C", path]
             return self.shell(command, timeout_seconds=timeout_seconds, stop=stop, stdin=stream)
 
     def _client(self) -> list[str]:
@@ -171,7 +183,7 @@ class SshDevice:
             )
         if "Bad configuration" in text or "Bad owner or permissions" in text:
             return DeviceError(f"ssh cannot read its configuration: {text[-300:]}")
-        return remote.LostError(
+        return LostError(
             f"{self.address} cannot be reached, or the connection broke: "
             f"{text[-200:] or 'ssh said nothing'}."
         )

@@ -65,6 +65,9 @@ class Report:
             top1_agreement, sqnr_db; empty where there is none.
         sensitivity: what quantizing one operator alone costs: one row per operator and format, with
             name, format and metrics by name, the one that decides first; `plots` draws them.
+        devices: where candidates were measured on other machines: this one first, then one row
+            per device, fields of `compress.remote.OnDevice.to_dict`. `candidates` then hold the
+            latencies of the device that `latency` names.
         latency: how the timing was made.
         calibration: where ranges come from, and the hash of the data.
         evaluation: what was scored, and the hash of the data.
@@ -101,6 +104,7 @@ class Report:
     ladder: tuple[Mapping[str, Any], ...] = ()
     gap: Mapping[str, Any] = field(default_factory=dict)
     sensitivity: tuple[Mapping[str, Any], ...] = ()
+    devices: tuple[Mapping[str, Any], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:

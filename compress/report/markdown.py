@@ -9,9 +9,11 @@ from compress.report import Report
 from compress.report.plots import SENSITIVITY
 from compress.report.table import (
     COLUMNS,
+    DEVICES,
     LADDER,
     TRIED,
     candidate_row,
+    device_rows,
     fidelity,
     float_sites,
     gap,
@@ -44,6 +46,8 @@ def markdown(report: Report) -> str:
     if report.ladder:
         lines += ["", "## Repair of the accuracy", ""]
         lines += table(LADDER, [ladder_row(row) for row in report.ladder])
+    if report.devices:
+        lines += ["", "## Devices", "", *table(DEVICES, device_rows(report))]
     lines += ["", _latency(report), "", "## What was tried", ""]
     lines += table(TRIED, [tried_row(row) for row in report.tried])
     if report.regions:
@@ -85,8 +89,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _latency(report: Report) -> str:
     latency = report.latency
     notes = " ".join(latency["notes"])
+    device = f" on {latency['device']}" if report.devices else ""
     return (
-        f"{_objective(latency)}: batch {latency['batch']}, {latency['threads']} threads, "
+        f"{_objective(latency)}{device}: batch {latency['batch']}, {latency['threads']} threads, "
         f"{latency['rounds']} interleaved rounds in {latency['sessions']} sessions and "
         f"{latency['seconds']:.1f} s; the intervals span the sessions' 95 % bootstrap intervals. "
         f"{notes}"

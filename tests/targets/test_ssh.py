@@ -26,7 +26,9 @@ from compress.remote import Artifact, OnDevice, check_devices, measure_on
 from targets.remote_options import Options
 from targets.ssh import SshDevice
 
-SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
+SSHD = shutil.which(
+    "sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
+)
 pytestmark = pytest.mark.skipif(
     SSHD is None or shutil.which("ssh") is None,
     reason="no OpenSSH server and client (Debian: openssh-server, openssh-client)",
@@ -178,8 +180,256 @@ def test_numbers_and_outputs_come_back_and_nothing_stays(
         assert timing.runs >= 6
     assert found.comparison.ratios["b"].low < 1.5
     assert found.comparison.rounds >= 6
-    assert {name: one.max_abs_difference for name, one in found.closeness.items()} == {"a": 0, "b": 0}
+    assert {name: one.max_abs_difference for name, one in found.closeness.items()} == {
+        "a": 0,
+        "b": 0,
+    }
     assert found.machine["cores"] >= 1
     assert "onnxruntime" in found.machine["versions"]
     assert found.failures == {}
     assert server.left() == []
+
+
+def test_a_start_up_file_that_talks_does_no_harm(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    found = one(serve('echo Welcome; eval "$SSH_ORIGINAL_COMMAND"').device(), artifacts)
+    assert found.error == ""
+    assert found.closeness["a"].max_abs_difference == 0
+
+
+def test_a_model_that_fails_there_costs_itself(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    class Damaged:
+        def __init__(self, engine: Any) -> None:
+            self.inputs, self.outputs, self.call = engine.inputs, engine.outputs, engine
+
+        def __call__(self, inputs: Any) -> Any:
+            return self.call(inputs)
+
+        def save(self, directory: Path) -> list[Path]:
+            path = directory / "model.onnx"
+            path.write_bytes(b"no model")
+            return [path]
+
+    damaged: Any = Damaged(artifacts["a"].engine)
+    found = one(serve().device(), {"a": artifacts["a"], "damaged": Artifact(damaged)})
+    assert found.error == ""
+    assert found.comparison is not None
+    assert set(found.comparison.timings) == {"a"}
+    assert "model.onnx" in found.failures["damaged"]
+
+
+def test_openvino_runs_beside_onnx_runtime(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact], tiny_onnx: Path
+) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    engine = open_engine(tiny_onnx, target="openvino", threads=1)
+    settings = {"threads": 1, "streams": 1, "precision": "float32", "pinned": True}
+    both = {"onnx": artifacts["a"], "openvino": Artifact(engine, settings)}
+    found = one(serve().device(), both)
+    assert found.failures == {}
+    assert {name: one.max_abs_difference for name, one in found.closeness.items()} == dict.fromkeys(
+        both, 0
+    )
+
+
+def test_a_cut_connection_is_an_error_and_leaves_nothing(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    server = serve()
+    found = while_measuring(server, artifacts, server.cut, server.device())
+    assert found.comparison is None
+    assert server.device().address in found.error
+    assert "connection broke" in found.error
+    assert server.left() == []  # the runner itself has removed it, or the next connection
+
+
+def test_a_cut_connection_is_tried_again(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    server = serve()
+    found = while_measuring(server, artifacts, server.cut, server.device(attempts=2))
+    assert found.error == ""
+    assert found.comparison is not None
+    assert server.left() == []
+
+
+def while_measuring(
+    server: Server, artifacts: dict[str, Artifact], act: Callable[[], None], *devices: SshDevice
+) -> OnDevice:
+    """Do something as soon as `server` measures; what the last device found."""
+    results: list[tuple[OnDevice, ...]] = []
+    thread = threading.Thread(
+        target=lambda: results.append(measure_on(devices, artifacts, INPUTS, seconds=1.0))
+    )
+    thread.start()
+    server.wait_for("*/0/output-0.npy")
+    act()
+    thread.join(60)
+    assert not thread.is_alive()
+    return results[0][-1]
+
+
+def test_of_two_devices_one_dies_and_the_other_answers(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    dying, living = serve(), serve()
+
+    def die() -> None:
+        dying.process.kill()
+        dying.cut()
+
+    results: list[OnDevice] = []
+    devices = [dying.device(attempts=2), living.device()]
+    thread = threading.Thread(
+        target=lambda: results.extend(measure_on(devices, artifacts, INPUTS, seconds=1.0))
+    )
+    thread.start()
+    dying.wait_for("*/0/output-0.npy")
+    die()
+    thread.join(60)
+    dead, alive = results
+    assert dead.comparison is None
+    assert "Tried 2 times" in dead.error
+    assert str(dying.port) in dead.error
+    assert alive.error == ""
+    assert alive.comparison is not None
+    assert living.left() == []
+
+
+def test_another_host_key_is_explained_and_not_accepted(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    server = serve()
+    other = keygen(tmp_path / "other")
+    known = server.home / "known_hosts"
+    known.write_text(f"[127.0.0.1]:{server.port} {other}")
+    found = one(server.device(attempts=3), artifacts)
+    assert "another host key" in found.error
+    assert f"ssh-keygen -R [127.0.0.1]:{server.port}" in found.error
+    assert "Tried" not in found.error  # trying again would change nothing
+    assert server.left() == []
+
+    config = server.home / "ssh_config"
+    config.write_text(config.read_text() + "  StrictHostKeyChecking no\n")
+    assert "another host key" in one(server.device(), artifacts).error
+    known.write_text("")
+    assert "not among the known hosts" in one(server.device(), artifacts).error
+    assert known.read_text() == ""
+
+
+def test_a_refused_login_is_explained(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    server = serve()
+    (server.home / "authorized_keys").write_text("")
+    with pytest.raises(DeviceError, match=r"refuses the login.*ssh-copy-id"):
+        check_devices([server.device(attempts=3)])
+
+
+def test_a_full_disk_is_named(serve: Callable[..., Server], artifacts: dict[str, Artifact]) -> None:
+    limited = 'trap "" XFSZ; ulimit -f 4; eval "$SSH_ORIGINAL_COMMAND"'
+    server = serve(limited)
+    found = one(server.device(), artifacts)
+    assert found.comparison is None
+    assert "cannot take the files" in found.error
+    assert str(server.work) in found.error
+    assert "?folder=" in found.error
+    assert server.left() == []
+
+
+def test_a_full_file_system_is_named(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    server = serve()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(server.work)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        found = one(server.device(), artifacts)
+        assert "No space left" in found.error
+        assert "cannot take the files" in found.error
+        assert server.left() == []
+    finally:
+        subprocess.run(["umount", str(server.work)], check=True)
+
+
+def test_a_slow_device_times_out(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    server = serve()
+    found = one(server.device(spare_seconds=0.01), artifacts, seconds=0.01)
+    assert "timed out" in found.error
+    assert "?timeout=" in found.error
+    assert server.left() == []
+
+
+def test_a_missing_python_and_a_missing_package_are_named(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    server = serve()
+    found = one(server.device(python="python3.99"), artifacts)
+    assert "it has no python3.99" in found.error
+    assert "?python=" in found.error
+    bare = tmp_path / "bare-python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    found = one(server.device(python=str(bare)), artifacts)
+    assert f"{bare} has no onnxruntime" in found.error or f"{bare} has no numpy" in found.error
+    assert "pip install numpy onnxruntime" in found.error
+    with pytest.raises(DeviceError, match="has no numpy"):
+        check_devices([server.device(python=str(bare))])
+    assert server.left() == []
+
+
+def test_folders_of_killed_runs_are_removed_and_others_stay(
+    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+) -> None:
+    from targets.remote_folder import new_name
+
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    ours, pid = new_name(), str(os.getpid())
+    running = ours.replace(f"-{pid}-", f"-{os.getppid()}-")
+    killed = ours.replace(f"-{pid}-", f"-{ended.pid}-")
+    foreign, aged = f"hwcompress-00000000-1-{'0' * 16}", f"hwcompress-00000000-1-{'1' * 16}"
+    strange = "hwcompress-results"
+    server = serve()
+    for name in (running, killed, foreign, aged, strange):
+        (server.work / name).mkdir()
+    (server.work / killed / "model.onnx").write_bytes(b"x")
+    for name in (aged, strange):
+        os.utime(server.work / name, (0, 0))
+    check_devices([server.device()])
+    assert server.left() == sorted([running, foreign, strange])
+
+
+def test_ctrl_c_cleans_up(serve: Callable[..., Server], tiny_onnx: Path) -> None:
+    server = serve()
+    query = f"python={sys.executable}&folder={server.work}&config={server.home}/ssh_config"
+    address = f"{server.device().address}?{query}"
+    code = "from compress.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", str(tiny_onnx), "--device", address]
+    process = subprocess.Popen([*command, "--seconds", "30"], stderr=subprocess.PIPE, text=True)
+    server.wait_for("*/0/output-0.npy")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Stopped" in err
+    assert server.left() == []
+
+
+def test_bench_prints_each_device(
+    serve: Callable[..., Server], tiny_onnx: Path, cli: Callable[..., Any]
+) -> None:
+    server, gone = serve(), free_port()
+    query = f"python={sys.executable}&folder={server.work}&config={server.home}/ssh_config"
+    devices = [f"{server.device().address}?{query}", f"ssh://127.0.0.1:{gone}"]
+    options = [x for device in devices for x in ("--device", device)]
+    result = cli("bench", tiny_onnx, tiny_onnx, "--seconds", 0.2, "--threads", 1, *options)
+    assert result.code == 0
+    assert f"127.0.0.1:{server.port}" in result.out
+    assert "equal" in result.out
+    assert f"127.0.0.1:{gone} cannot be reached" in result.out
