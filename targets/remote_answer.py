@@ -20,6 +20,7 @@ from targets.remote_folder import SAYS
 from targets.remote_runner import MARK
 
 _FACTS = ("cpu", "architecture", "cores", "load", "os", "python", "versions")
+_MOST_FACTS = 10_000
 _OUTPUT = re.compile(r"\d+/output-\d+\.npy")
 
 
@@ -68,7 +69,10 @@ def answer_of(result: Mapping[str, Any], runs: Sequence[Packed], address: str) -
             raise ValueError("a model has other rounds than the others")
         failures = {name: str(result["failures"][name])[:500] for name in result["failures"]}
         machine = {name: result["machine"][name] for name in _FACTS if name in result["machine"]}
-        return Answer(sessions, {}, failures, machine, float(result["seconds"]))
+        facts = {"machine": machine, "seconds": float(result["seconds"])}
+        if len(json.dumps(facts, allow_nan=False)) > _MOST_FACTS:
+            raise ValueError("it tells more about itself than anybody asked for")
+        return Answer(sessions, {}, failures, machine, facts["seconds"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeviceError(f"{address} sent numbers that make no sense: {error!r}.") from error
 

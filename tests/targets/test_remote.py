@@ -168,6 +168,23 @@ def test_numbers_without_sense_are_refused(changes: dict[str, Any]) -> None:
         answer_of(result(**changes), [PACKED], "device")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds": float("nan")},
+        {"machine": {"load": float("nan")}},
+        {"machine": {"cpu": "x" * 100_000}},
+        {"machine": None},
+        {"failures": ["a"]},
+        {"sessions": [{}]},
+    ],
+    ids=["nan seconds", "nan load", "long", "no machine", "list of failures", "empty session"],
+)
+def test_facts_without_sense_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(DeviceError, match="device sent numbers"):
+        answer_of({**result(), **changes}, [PACKED], "device")
+
+
 @given(st.binary(max_size=200))
 def test_any_output_of_a_device_is_a_result_or_an_error(out: bytes) -> None:
     lines_of(out)
