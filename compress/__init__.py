@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress.errors import (
         CompressError,
         DataError,
+        DeviceError,
         EngineError,
         ExportError,
         LoadError,
@@ -51,6 +52,7 @@ _HOME = {
     "Context": "compress.passes",
     "Data": "compress.data",
     "DataError": "compress.errors",
+    "DeviceError": "compress.errors",
     "Engine": "compress.target",
     "EngineError": "compress.errors",
     "ExportError": "compress.errors",
@@ -81,6 +83,7 @@ __all__ = [
     "Context",
     "Data",
     "DataError",
+    "DeviceError",
     "Engine",
     "EngineError",
     "ExportError",

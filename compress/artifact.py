@@ -216,15 +216,24 @@ def load(directory: Path | str, *, threads: int | None = None) -> Engine:
             f"build one. Run `compress build {directory}` on the machine that has the hardware."
         )
     check_files(directory, report["files"])
-    target = report["target"]
-    settings = dict(target["options"])
+    destination = create_target(report["target"]["name"], **_settings(report, threads))
+    require_target(destination)
+    return destination.load(directory)
+
+
+def _settings(report: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+    settings = dict(report["target"]["options"])
     if threads is not None:
         settings["threads"] = threads
         if "streams" in settings:
             settings["streams"] = min(settings["streams"], threads)
-    destination = create_target(target["name"], **settings)
-    require_target(destination)
-    return destination.load(directory)
+    return settings
+
+
+def runtime_settings(path: Path | str, *, threads: int | None = None) -> dict[str, Any]:
+    """The settings that `open_engine` builds with: an artifact's own, or `threads` alone."""
+    path = Path(path)
+    return _settings(read_report(path), threads) if path.is_dir() else {"threads": threads}
 
 
 def open_engine(path: Path | str, *, target: str = "cpu", threads: int | None = None) -> Engine:

@@ -17,15 +17,17 @@ from compress.max_drop import MaxDrop, parse_max_drop
 from compress.metrics import Evaluator, Score, paired_drop
 from compress.model import Model
 from compress.progress import Progress
+from compress.remote import Artifact, Device, OnDevice, measure_on
 from compress.report import Candidate
 from compress.search import Searched
-from compress.sessions import SESSIONS, measure_sessions
+from compress.sessions import MARGIN, SESSIONS, measure_sessions
 from compress.target import Engine, Kernel, Shipped
 from compress.variants import BASELINE, Variant, settings
 
 DEFAULT_MAX_DROP = "1%"
 FLOAT = BASELINE
 FUSED = "fused"
+HERE = "this machine"
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,15 @@ class Built:
 
 @dataclass(frozen=True)
 class Measured:
-    """All candidates, the original first; `failures` says by name why one is not among them."""
+    """All candidates, the original first; `failures` says by name why one is not among them.
+
+    Where they were measured on other machines, `devices` has this one and then those.
+    """
 
     all: tuple[Built, ...]
     latency: Mapping[str, Any]
     failures: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[OnDevice, ...] = ()
 
     def built(self, name: str) -> Built:
         """The candidate of that name."""
@@ -99,14 +105,16 @@ def measure_finals(
     seed: int,
     progress: Progress,
     known: dict[str, Score],
+    devices: Sequence[Device] = (),
 ) -> Measured:
     """Latency of the finalists in several sessions, then accuracy and fidelity in their runtimes.
 
     Accuracy is measured from the fastest on, until one keeps the limit on the drop; what was made
     for its size or its numbers is always judged. `known` holds scores by name, and gets new ones.
+    With devices, latencies are those of the first that answers; what fails there is left out.
     """
     workload, engines = searched.screening.workload, searched.screening.engines
-    comparison = measure_sessions(
+    here = measure_sessions(
         lambda: {
             v.name: workload.call(v.target.build(v.model), v.target) for v in searched.finalists
         },
@@ -115,12 +123,16 @@ def measure_finals(
         seed=seed,
         progress=progress,
     )
+    elsewhere = _elsewhere(devices, searched, seconds=seconds, seed=seed, progress=progress)
+    answered = [(one, one.comparison) for one in elsewhere if one.comparison is not None]
+    deciding, comparison = next(iter(answered), (OnDevice(HERE, here), here))
+    finalists = [v for v in searched.finalists if v.name in comparison.timings]
     order = sorted(comparison.ratios, key=lambda name: -comparison.ratios[name].value)
     scores: dict[str, Score | None] = dict.fromkeys((FLOAT, *order))
     agreements: dict[str, Fidelity] = {}
     real = data or (evaluator.data if evaluator else None)
     source = "calibration data" if data else "evaluation data"
-    variants = {variant.name: variant for variant in searched.finalists}
+    variants = {variant.name: variant for variant in finalists}
 
     def score(name: str) -> Score | None:
         if evaluator is not None and name not in known:
@@ -166,11 +178,38 @@ def measure_finals(
         "rounds": comparison.rounds,
         "seconds": comparison.seconds,
         "notes": list(comparison.notes),
+        "device": deciding.device,
     }
+    failed_there = {k: f"on {deciding.device}: {why}" for k, why in deciding.failures.items()}
     return Measured(
-        tuple(Built(candidate(v), engines[v.name], v) for v in searched.finalists),
+        tuple(Built(candidate(v), engines[v.name], v) for v in finalists),
         latency,
-        searched.screening.failures,
+        {**searched.screening.failures, **failed_there},
+        (OnDevice(HERE, here), *elsewhere) if elsewhere else (),
+    )
+
+
+def _elsewhere(
+    devices: Sequence[Device],
+    searched: Searched,
+    *,
+    seconds: float,
+    seed: int,
+    progress: Progress,
+) -> tuple[OnDevice, ...]:
+    """The finalists on other machines, by the rules of `measure_sessions`."""
+    if not devices:
+        return ()
+    engines, inputs = searched.screening.engines, searched.screening.workload.inputs
+    return measure_on(
+        devices,
+        {v.name: Artifact(engines[v.name], settings(v.target)) for v in searched.finalists},
+        inputs,
+        seconds=seconds,
+        sessions=SESSIONS,
+        margin=MARGIN,
+        seed=seed,
+        progress=progress,
     )
 
 

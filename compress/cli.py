@@ -93,6 +93,7 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "compress run model.onnx --target tensorrt --calibration images.npz --target-option "
     "version_compatible=true",
     "compress run model.onnx --target ort-mobile --device pixel-8 --calibration images.npz",
+    "compress run model.onnx --calibration images.npz --device ssh://pi@192.168.1.7",
 )
 def run(
     model: options.Source = None,
@@ -125,6 +126,7 @@ def run(
     seconds: options.RecipeSeconds = None,
     sensitivity: options.Sensitivity = False,
     seed: options.RecipeSeed = None,
+    devices: options.Devices = None,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
@@ -172,6 +174,7 @@ def run(
         sensitivity=sensitivity or None,
         seed=seed,
         trust_pickle=trust_pickle,
+        devices=devices or (),
         progress=_progress(),
     )
     if as_json:
@@ -274,20 +277,38 @@ def inspect(
     "compress bench model.onnx",
     "compress bench model.onnx model-cpu --threads 1",
     "compress bench model-cpu model-cpu   # how far two equal things seem apart",
+    "compress bench model.onnx model-cpu --device ssh://pi@192.168.1.7 --device ssh://jetson",
 )
 def bench(
     first: options.Built,
     others: options.Others = None,
+    devices: options.Devices = None,
     threads: options.Threads = None,
     batch: options.Batch = 1,
     seconds: options.Seconds = 10.0,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Measure latency, several models in turns."""
+    """Measure latency, several models in turns: here, or with --device on other machines."""
     from compress import render
     from compress.side_by_side import bench as measure_all
+    from compress.side_by_side import bench_on
 
+    if devices:
+        found = bench_on(
+            devices,
+            [first, *(others or [])],
+            threads=threads,
+            batch=batch,
+            seconds=seconds,
+            seed=seed,
+            progress=_progress(),
+        )
+        if as_json:
+            _print_json({"devices": [one.to_dict() for one in found]})
+        else:
+            render.devices(found)
+        return
     comparison = measure_all(
         [first, *(others or [])],
         threads=threads,
@@ -390,7 +411,7 @@ def profile(
 
 
 @_command("targets", "compress targets", "compress targets --devices", "compress targets --json")
-def targets(devices: options.Devices = False, as_json: options.Json = False) -> None:
+def targets(devices: options.DeviceSheets = False, as_json: options.Json = False) -> None:
     """List the targets and whether they work here, or the device sheets."""
     from compress import doctor, render
     from compress.devices import DEVICES
@@ -399,7 +420,7 @@ def targets(devices: options.Devices = False, as_json: options.Json = False) -> 
     if as_json:
         _print_json(rows)
     elif devices:
-        render.devices(rows)
+        render.device_sheets(rows)
     else:
         render.targets(rows)
 

@@ -9,6 +9,7 @@
     ├── MissingExtraError   an optional package that is not installed                (ImportError)
     ├── ExportError         torch -> ONNX failed or changed the outputs              (RuntimeError)
     ├── EngineError         a runtime refused a model or failed while running it     (RuntimeError)
+    ├── DeviceError         a device cannot be reached or used, or dropped out       (RuntimeError)
     └── OutputError         the artifact cannot be written                           (OSError)
 
 Every message says what was given, what is allowed and what to do next, in one paragraph.
@@ -49,6 +50,10 @@ class ExportError(CompressError, RuntimeError):
 
 class EngineError(CompressError, RuntimeError):
     """A runtime refused a model, or failed while running it."""
+
+
+class DeviceError(CompressError, RuntimeError):
+    """A device that is measured on cannot be reached or used, or dropped out."""
 
 
 class OutputError(CompressError, OSError):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.candidates import Built, Measured, reasons, site_rows
+from compress.candidates import HERE, Built, Measured, reasons, site_rows
 from compress.data import Data
 from compress.device import Device
 from compress.graph import Site, macs_in_subgraphs
@@ -119,6 +119,31 @@ def predicted_facts(
             *(predict(sites, device, "int8", cores=n, narrow=narrow).to_dict() for n in cores),
         ],
     }
+
+
+STRANGE_DB = 20.0
+"""Outputs of one model on two processors are much closer than this; rounding alone costs less."""
+
+
+def device_remarks(measured: Measured) -> list[str]:
+    """What a reader must know first where candidates were measured on other machines."""
+    if not measured.devices:
+        return []
+    device = measured.latency["device"]
+    remarks = [
+        f"Latencies are those of {device}, and so is the choice; int8 was placed by this machine's."
+        if device != HERE
+        else "No device could measure the candidates: latencies and choice are this machine's."
+    ]
+    for one in measured.devices[1:]:
+        remarks += [f"Dropped out: {one.error}"] if one.error else []
+        remarks += [
+            f"On {one.device} the outputs of {name} are not those of this machine (SQNR "
+            f"{close.sqnr_db:.1f} dB): accuracy was measured here and may not hold there."
+            for name, close in one.closeness.items()
+            if close.sqnr_db < STRANGE_DB
+        ]
+    return remarks
 
 
 def calibration_facts(searched: Searched) -> dict[str, Any]:

@@ -180,6 +180,24 @@ def fidelity(
     )
 
 
+def closeness(reference: Arrays, candidate: Arrays, name: str) -> OutputFidelity:
+    """How close the outputs of one call are to another's: the figures of the worst output.
+
+    Raises:
+        EngineError: the outputs of `name` differ from the reference's in number or shape.
+    """
+    got = _matched(reference, candidate, name)
+    sums = {key: _Sums() for key in reference}
+    for key, array in reference.items():
+        sums[key].add(array, got[key])
+    found = [one.result() for one in sums.values()]
+    return OutputFidelity(
+        cosine=min(one.cosine for one in found),
+        sqnr_db=min(one.sqnr_db for one in found),
+        max_abs_difference=max(one.max_abs_difference for one in found),
+    )
+
+
 def _matched(expected: Arrays, got: Arrays, name: str) -> Arrays:
     """The candidate's outputs under the reference's names."""
     if set(expected) != set(got) and len(expected) == len(got):

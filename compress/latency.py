@@ -117,6 +117,23 @@ class Comparison:
         }
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What timing one candidate leaves: from here, or sent by a device.
+
+    Attributes:
+        medians_ms: of each block (blocks,), in the order of the rounds.
+        p90_ms: ninth decile over all calls.
+        runs: number of timed calls.
+        warm: whether the warm-up ended by itself.
+    """
+
+    medians_ms: np.ndarray
+    p90_ms: float
+    runs: int
+    warm: bool
+
+
 @dataclass
 class _Candidate:
     """A callable and the blocks timed so far, in milliseconds."""
@@ -146,6 +163,10 @@ class _Candidate:
     @property
     def medians(self) -> np.ndarray:
         return np.array([np.median(block) for block in self.blocks])
+
+    def summary(self) -> Blocks:
+        runs = np.concatenate(self.blocks)
+        return Blocks(self.medians, float(np.quantile(runs, 0.9)), len(runs), self.warm)
 
 
 def measure(
@@ -188,17 +209,48 @@ def measure(
         _warm_up(candidates, rng, seconds / 4)
         advance(perf_counter() - start)
         _rounds(candidates, rng, start + seconds, min_blocks, advance)
-    after_mhz = clock_mhz()
-    timings = {c.name: _timing(c, rng) for c in candidates}
-    base = next(c for c in candidates if c.name == baseline)
+    return summarise(
+        {candidate.name: candidate.summary() for candidate in candidates},
+        baseline,
+        seconds=perf_counter() - start,
+        min_blocks=min_blocks,
+        margin=margin,
+        seed=seed,
+        clocks_mhz=(before_mhz, clock_mhz()),
+    )
+
+
+def summarise(
+    blocks: Mapping[str, Blocks],
+    baseline: str,
+    *,
+    seconds: float,
+    min_blocks: int = 20,
+    margin: float = 0.0,
+    seed: int = 0,
+    clocks_mhz: tuple[float | None, float | None] = (None, None),
+) -> Comparison:
+    """Timings, ratios within the rounds, and notes about what disturbed them.
+
+    Args:
+        blocks: by name; all have as many blocks, one in each round.
+        baseline: a name in `blocks`.
+        seconds: time that the measurement took.
+        min_blocks: rounds that were wanted.
+        margin: a candidate is "faster" only if the interval lies above 1 + margin.
+        seed: of the bootstrap.
+        clocks_mhz: before and after, where known.
+    """
+    rng = np.random.default_rng(seed)
+    timings = {name: _timing(one, rng) for name, one in blocks.items()}
+    base = blocks[baseline].medians_ms
     ratios = {
-        c.name: ratio(base.medians / c.medians, margin=margin, seed=seed)
-        for c in candidates
-        if c is not base
+        name: ratio(base / one.medians_ms, margin=margin, seed=seed)
+        for name, one in blocks.items()
+        if name != baseline
     }
-    rounds = len(base.blocks)
-    notes = _notes(timings, rounds, min_blocks, before_mhz, after_mhz)
-    return Comparison(baseline, timings, ratios, rounds, perf_counter() - start, notes)
+    notes = _notes(timings, len(base), min_blocks, *clocks_mhz)
+    return Comparison(baseline, timings, ratios, len(base), seconds, notes)
 
 
 def _wait_until_quiet() -> None:
@@ -319,19 +371,19 @@ def _all_narrow(candidates: list[_Candidate]) -> bool:
     return all(high - low <= NARROW * (high + low) for low, high in intervals)
 
 
-def _timing(candidate: _Candidate, rng: np.random.Generator) -> Timing:
-    medians, runs = candidate.medians, np.concatenate(candidate.blocks)
+def _timing(blocks: Blocks, rng: np.random.Generator) -> Timing:
+    medians = blocks.medians_ms
     low, high = median_interval(medians, rng)
     third = max(1, len(medians) // 3)
     ends = np.array([np.median(medians[:third]), np.median(medians[-third:])])
     return Timing(
         p50_ms=float(np.median(medians)),
-        p90_ms=float(np.quantile(runs, 0.9)),
+        p90_ms=blocks.p90_ms,
         low_ms=low,
         high_ms=high,
-        runs=len(runs),
+        runs=blocks.runs,
         cv=float(medians.std() / medians.mean()),
-        steady=candidate.warm and _spread(ends) <= STEADY,
+        steady=blocks.warm and _spread(ends) <= STEADY,
     )
 
 

@@ -162,6 +162,15 @@ Others = Annotated[
     list[str] | None,
     typer.Argument(metavar="B", help="More of them, compared with A."),
 ]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--device",
+        metavar="ADDRESS",
+        help="Measure there: ssh://user@host[:port] or adb://serial; ?python=/path/to/python "
+        "behind it names another Python. Repeatable.",
+    ),
+]
 Second = Annotated[str, typer.Argument(metavar="B", help="The other one.", show_default=False)]
 
 # For `run`, None leaves the word to the recipe and then to the default.
@@ -211,7 +220,7 @@ Device = Annotated[
         help="Sheet of the device that it is for (`targets --devices`): adds predicted latencies.",
     ),
 ]
-Devices = Annotated[bool, typer.Option("--devices", help="List the device sheets instead.")]
+DeviceSheets = Annotated[bool, typer.Option("--devices", help="List the device sheets instead.")]
 Time = Annotated[
     float | None,
     typer.Option(

@@ -22,11 +22,13 @@ from compress.data import Data
 from compress.decision import choose
 from compress.deferred import Preparation, check_deferred, prepare
 from compress.devices import find_device
+from compress.errors import UsageError
 from compress.facts import (
     calibration_facts,
     command_line,
     data_facts,
     delegation,
+    device_remarks,
     model_facts,
     plan_of,
     predicted_facts,
@@ -49,6 +51,7 @@ from compress.passes import Context
 from compress.progress import Progress, silent
 from compress.recipe import Recipe
 from compress.registry import require_target
+from compress.remote import Device, check_devices, parse_devices
 from compress.repair import measure_sensitivity, repair
 from compress.report import Report
 from compress.search import search
@@ -135,6 +138,7 @@ def run(
     seed: int | None = None,
     trust_pickle: bool = False,
     overwrite: bool = False,
+    devices: Sequence[str | Device] = (),
     progress: Progress = silent,
 ) -> RunResult:
     """Compress a model for a target and write the artifact.
@@ -181,6 +185,8 @@ def run(
         seed: of everything random; 0.
         trust_pickle: unpickle `model` even if that executes code.
         overwrite: replace an existing artifact.
+        devices: addresses such as "ssh://user@host" or "adb://serial"; the final candidates are
+            measured on each, and the first that answers decides which is fastest.
         progress: opens a tracker for each long step.
 
     Raises:
@@ -214,6 +220,7 @@ def run(
         )
     directory = Path(out) if out is not None else Path(f"{original.name}-{destination.name}")
     check_workload(original, batch=settings.batch, objective=settings.objective)
+    machines = _reachable(devices, settings.objective)
     artifact.check_output(directory, overwrite)
     served = runtimes(destination)[:1] if simulate else runtimes(destination)
     check_half(bits if not simulate else None, served)
@@ -287,6 +294,7 @@ def run(
         seed=settings.seed,
         progress=progress,
         known=scores,
+        devices=machines,
     )
     with clock.phase("measure"):
         measured = finals(searched)
@@ -319,6 +327,7 @@ def run(
     gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(
         headline=(
+            *device_remarks(measured),
             *decision.sentences,
             *unable,
             *delegation(chosen.engine.kernels(), sites),
@@ -336,6 +345,7 @@ def run(
         gap=gap,
         sensitivity=tuple(context.memo.get("quantize.sensitivity", ())),
         predicted=predicted_facts(sheet, sites, rows) if sheet is not None else {},
+        devices=tuple(one.to_dict() for one in measured.devices),
         latency=measured.latency,
         command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -371,6 +381,24 @@ def _elsewhere(given: Preparation, recipe: Recipe, directory: Path, clock: _Cloc
             progress=given.progress,
         )
     return RunResult(report, directory)
+
+
+def _reachable(devices: Sequence[str | Device], objective: str) -> tuple[Device, ...]:
+    """The devices, which answer.
+
+    Raises:
+        UsageError: an address is wrong, or throughput is asked for.
+        DeviceError: one does not answer, or can run nothing.
+    """
+    found = parse_devices(devices)
+    if found and objective != "latency":
+        raise UsageError(
+            f"--device measures the latency of single requests, and --objective {objective} was "
+            f"given. Leave one of them out."
+        )
+    if found:
+        check_devices(found)
+    return found
 
 
 class _Clock:

@@ -1,4 +1,4 @@
-"""Targets and passes by name, through entry points: ours are found exactly as a third party's.
+"""Targets, passes and devices by name, through entry points: ours are found exactly as others are.
 
 Nothing is imported until it is asked for by name, so a broken plug-in fails only for those
 who use it.
@@ -14,7 +14,7 @@ from compress.errors import CompressError, UnsupportedError, UsageError
 from compress.passes import Pass
 from compress.target import Target
 
-Group = Literal["compress.targets", "compress.passes"]
+Group = Literal["compress.targets", "compress.passes", "compress.devices"]
 
 
 def available(group: Group) -> dict[str, EntryPoint]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from compress.latency import Comparison
     from compress.model import Model
     from compress.profiling import ProfileReport
+    from compress.remote import OnDevice
     from compress.side_by_side import SideBySide
 
 PIPED_WIDTH = 140
@@ -79,6 +80,28 @@ def latency(comparison: Comparison) -> None:
     out.print(table)
     for note in comparison.notes:
         out.print(note, highlight=False, markup=False)
+
+
+def devices(results: Sequence[OnDevice]) -> None:
+    """The tables of `compress bench --device`, one for each device."""
+    from compress.report.table import closeness
+
+    out = console()
+    for result in results:
+        if result.comparison is None:
+            out.print(result.error, highlight=False, markup=False)
+            continue
+        known = ("cpu", "cores", "os", "runner")
+        facts = ", ".join(f"{key} {result.machine[key]}" for key in known if key in result.machine)
+        out.print(f"{result.device} ({facts})", highlight=False, markup=False)
+        latency(result.comparison)
+        plain = result.to_dict()["closeness"]
+        for name in result.comparison.timings:
+            if name in plain:
+                text = f"Outputs of {name}, there against here: {closeness(plain[name])}."
+                out.print(text, highlight=False, markup=False)
+        for name, reason in result.failures.items():
+            out.print(f"{name} failed there: {reason}", highlight=False, markup=False)
 
 
 def side_by_side(result: SideBySide) -> None:
@@ -150,7 +173,7 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> None:
     console().print(table)
 
 
-def devices(rows: Sequence[Mapping[str, Any]]) -> None:
+def device_sheets(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of `compress targets --devices`."""
     right = ("float32 GFLOP/s", "float16 GFLOP/s", "int8 GOP/s", "GB/s", "GB")
     table = _table("device", "cores", "features", right=right, last="unverified")

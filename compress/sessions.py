@@ -39,13 +39,24 @@ def measure_sessions(
         progress: opens a tracker in seconds.
 
     Returns:
-        Medians over the sessions; an interval reaches from the lowest to the highest end of the
-        sessions' bootstrap intervals, and the verdict is taken from that.
+        as `combine`.
     """
     found = [
         measure(build(), seconds=seconds / sessions, seed=seed + index, progress=progress)
         for index in range(sessions)
     ]
+    return combine(found, requests=requests, margin=margin)
+
+
+def combine(
+    found: Sequence[Comparison], *, requests: int = 1, margin: float = MARGIN
+) -> Comparison:
+    """One comparison from those of several sessions.
+
+    Returns:
+        Medians over the sessions; an interval reaches from the lowest to the highest end of the
+        sessions' bootstrap intervals, and the verdict is taken from that.
+    """
     notes = dict.fromkeys(note for one in found for note in one.notes)
     return Comparison(
         found[0].baseline,

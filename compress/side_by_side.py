@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from compress.artifact import open_engine
+from compress.artifact import open_engine, runtime_settings
 from compress.data import Layout
-from compress.errors import UsageError
+from compress.errors import DeviceError, UsageError
 from compress.fidelity import Fidelity, fidelity
 from compress.latency import Comparison, measure
 from compress.metrics import Drop, Score, paired_drop, resolve_evaluator
-from compress.model import random_inputs
+from compress.model import Arrays, random_inputs
 from compress.progress import Progress, silent
+from compress.remote import Artifact, Device, OnDevice, measure_on, parse_devices
 from compress.target import Engine
 
 
@@ -77,6 +78,44 @@ def bench(
     return measure(calls, seconds=seconds, seed=seed, progress=progress)
 
 
+def bench_on(
+    devices: Sequence[str | Device],
+    paths: Sequence[str | Path],
+    *,
+    threads: int | None = None,
+    batch: int = 1,
+    seconds: float = 10.0,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[OnDevice, ...]:
+    """Latency of artifacts or model files on devices, in turns on each, on random inputs.
+
+    Raises:
+        UsageError: an address is wrong, the models take different inputs, or a batch size is
+            given for a model whose batch is fixed.
+        DeviceError: no device could measure them.
+    """
+    found = parse_devices(devices)
+    names = _distinct(paths)
+    artifacts = {
+        name: Artifact(open_engine(path, threads=threads), runtime_settings(path, threads=threads))
+        for name, path in zip(names, paths, strict=True)
+    }
+    engines = {name: one.engine for name, one in artifacts.items()}
+    inputs = [_inputs(name, engine, batch, seed) for name, engine in engines.items()]
+    shapes = [{k: (v.shape, v.dtype) for k, v in arrays.items()} for arrays in inputs]
+    for name, shape in zip(names, shapes, strict=True):
+        if shape != shapes[0]:
+            raise UsageError(
+                f"{names[0]} and {name} take different inputs; on a device only models with the "
+                f"same inputs are measured together. Measure them one after the other."
+            )
+    results = measure_on(found, artifacts, inputs[0], seconds=seconds, seed=seed, progress=progress)
+    if all(one.error for one in results):
+        raise DeviceError(" ".join(one.error for one in results))
+    return results
+
+
 def compare(
     first: str | Path,
     second: str | Path,
@@ -121,13 +160,17 @@ def compare(
 
 
 def _call(name: str, engine: Engine, batch: int, seed: int) -> Callable[[], object]:
+    return partial(engine, _inputs(name, engine, batch, seed))
+
+
+def _inputs(name: str, engine: Engine, batch: int, seed: int) -> Arrays:
     if batch != 1 and not all(spec.dynamic_batch for spec in engine.inputs if spec.shape):
         shapes = ", ".join(map(str, engine.inputs))
         raise UsageError(
             f"{name} has a fixed batch ({shapes}), so --batch {batch} does not fit. Leave --batch "
             f"out, or export the model with a dynamic batch."
         )
-    return partial(engine, random_inputs(engine.inputs, batch, np.random.default_rng(seed)))
+    return random_inputs(engine.inputs, batch, np.random.default_rng(seed))
 
 
 def _check_inputs(names: Sequence[str], before: Engine, after: Engine) -> None:

@@ -46,7 +46,7 @@ def test_wheel_is_typed_and_licensed(wheel: list[str]) -> None:
     assert not any("__pycache__" in name or "test_" in name for name in wheel)
 
 
-@pytest.mark.parametrize("group", ["compress.targets", "compress.passes"])
+@pytest.mark.parametrize("group", ["compress.targets", "compress.passes", "compress.devices"])
 def test_every_registered_name_resolves(group: registry.Group) -> None:
     found = registry.available(group)
     assert found

@@ -69,6 +69,9 @@ class Report:
             name, format and metrics by name, the one that decides first; `plots` draws them.
         predicted: where a device sheet was named: the sheet, and rows of
             `compress.roofline.Prediction`; nothing of it is measured.
+        devices: where candidates were measured on other machines: this one first, then one row
+            per device, fields of `compress.remote.OnDevice.to_dict`. `candidates` then hold the
+            latencies of the device that `latency` names.
         latency: how the timing was made.
         calibration: where ranges come from, and the hash of the data.
         evaluation: what was scored, and the hash of the data.
@@ -111,6 +114,7 @@ class Report:
     built: bool = True
     prepared: Mapping[str, Any] = field(default_factory=dict)
     predicted: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[Mapping[str, Any], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:

@@ -9,10 +9,12 @@ from compress.report import Candidate, Report
 from compress.report.plots import SENSITIVITY
 from compress.report.table import (
     COLUMNS,
+    DEVICES,
     LADDER,
     PREDICTED,
     TRIED,
     candidate_row,
+    device_rows,
     fidelity,
     float_sites,
     gap,
@@ -47,6 +49,8 @@ def markdown(report: Report) -> str:
     if report.ladder:
         lines += ["", "## Repair of the accuracy", ""]
         lines += table(LADDER, [ladder_row(row) for row in report.ladder])
+    if report.devices:
+        lines += ["", "## Devices", "", *table(DEVICES, device_rows(report))]
     lines += ["", _latency(report)]
     if report.tried:
         lines += ["", "## What was tried", ""]
@@ -112,8 +116,9 @@ def _latency(report: Report) -> str:
     if not report.built:
         return "Latency: not measured, since no engine is built."
     notes = " ".join(latency["notes"])
+    device = f" on {latency['device']}" if report.devices else ""
     return (
-        f"{_objective(latency)}: batch {latency['batch']}, {latency['threads']} threads, "
+        f"{_objective(latency)}{device}: batch {latency['batch']}, {latency['threads']} threads, "
         f"{latency['rounds']} interleaved rounds in {latency['sessions']} sessions and "
         f"{latency['seconds']:.1f} s; the intervals span the sessions' 95 % bootstrap intervals. "
         f"{notes}"

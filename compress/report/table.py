@@ -78,6 +78,46 @@ def fidelity(value: Mapping[str, Any]) -> str:
     )
 
 
+def closeness(value: Mapping[str, Any]) -> str:
+    """How close outputs of a device are to this machine's."""
+    if value["max_abs_difference"] == 0:
+        return "equal"
+    if value["max_abs_difference"] is None:
+        return "not finite in the same places"
+    sqnr = value["sqnr_db"]
+    noise = f"SQNR {sqnr:.1f} dB" if sqnr is not None else "no signal"
+    return f"{noise}, largest difference {value['max_abs_difference']:.3g}"
+
+
+DEVICES = ("device", "candidate", "latency p50", "speed-up", "outputs, there against here")
+
+
+def device_rows(report: Report) -> list[tuple[str, ...]]:
+    """Lines of the table of devices: each candidate on each, or why there are none."""
+    rows: list[tuple[str, ...]] = []
+    for one in report.devices:
+        found = one["comparison"]
+        if found is None:
+            rows.append((one["device"], "", "", "", one["error"]))
+            continue
+        for name, timing in found["timings"].items():
+            close = one["closeness"].get(name)
+            rows.append(
+                (
+                    one["device"],
+                    f"{name} (artifact)" if name == report.chosen else name,
+                    interval(timing, "p50_ms", "low_ms", "high_ms", " ms"),
+                    speedup(found["ratios"].get(name)),
+                    closeness(close) if close else "",
+                )
+            )
+        rows += [
+            (one["device"], name, "", "", f"failed: {reason}")
+            for name, reason in one["failures"].items()
+        ]
+    return rows
+
+
 TRIED = ("", "speed-up in screening", "latency", "operators kept in float", "settings")
 
 

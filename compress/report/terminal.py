@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from compress.report import Report
 from compress.report.table import (
     COLUMNS,
+    DEVICES,
     LADDER,
     PREDICTED,
     candidate_row,
+    device_rows,
     fidelity,
     float_sites,
     gap,
@@ -45,6 +47,7 @@ def render(report: Report, console: Console) -> None:
         if candidate.fidelity is not None:
             text = f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."
             console.print(text, highlight=False, markup=False)
+    _devices(report, console)
     _repair(report, console)
     _predicted(report, console)
     finals = {candidate.name for candidate in report.candidates}
@@ -67,6 +70,18 @@ def render(report: Report, console: Console) -> None:
         for cells in sensitive:
             lines.add_row(*map(escape, cells))
         console.print(lines)
+
+
+def _devices(report: Report, console: Console) -> None:
+    """The candidates on other machines."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if report.devices:
+        devices = Table(*DEVICES, box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for cells in device_rows(report):
+            devices.add_row(*map(escape, cells))
+        console.print(devices)
 
 
 def _repair(report: Report, console: Console) -> None:
