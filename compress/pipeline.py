@@ -60,11 +60,13 @@ PACKAGES = (
     "torch",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
     "onnx-ir",
     "onnxscript",
     "numpy",
     "openvino",
     "nncf",
+    "torchao",
 )
 CACHE = Path("~/.cache/hwcompress")
 

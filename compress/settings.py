@@ -14,7 +14,7 @@ from compress.ladder import DEFAULT_SECONDS as REPAIR_SECONDS
 from compress.machine import this_machine
 from compress.metrics import Evaluator, resolve_evaluator
 from compress.model import Model, TensorSpec
-from compress.passes import Pass
+from compress.passes import Pass, is_left_out
 from compress.recipe import Recipe, default_passes
 from compress.registry import create_target
 from compress.search import DEFAULT_SECONDS
@@ -129,11 +129,28 @@ def check_passes(passes: Sequence[Pass], model: Model, targets: Sequence[Target]
     """Refuse before any work what a runtime cannot do.
 
     Raises:
-        UnsupportedError: a pass needs what none of the target's runtimes has.
+        UnsupportedError: a pass needs what one of the target's runtimes lacks, or what none of
+            them does by itself.
     """
     for step in passes:
         for one in targets:
-            step.check(model, one)
+            if not is_left_out(step, one):
+                step.check(model, one)
+        if all(is_left_out(step, one) for one in targets):
+            _check_own(step, targets)
+
+
+def _check_own(step: Pass, targets: Sequence[Target]) -> None:
+    makes = getattr(step, "makes", None)
+    own = [p for one in targets for p in one.capabilities.own_precisions or ()]
+    if makes is not None and makes not in own:
+        names = ", ".join(one.name for one in targets)
+        floats = dict.fromkeys(p for one in targets for p in one.capabilities.precisions)
+        others = " or --bits 8" if "int8" in own else ""
+        raise UnsupportedError(
+            f"Nothing in {names} computes {makes}; there is {', '.join((*floats, *own))}. Use "
+            f"--bits 16{others}."
+        )
 
 
 def read_data(

@@ -6,7 +6,7 @@ adding a method; profiling and prediction are functions over a target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -14,6 +14,10 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from compress.model import Arrays, Model, TensorSpec
+
+FLOATS = ("float32", "tf32", "bfloat16", "float16")
+"""Precisions in which a whole float model is computed; "tf32" rounds factors of float32 products
+to 10 bits of mantissa."""
 
 Role = Literal[
     "matmul",
@@ -99,6 +103,8 @@ class Capabilities:
         weight_groups: numbers of weights that may share a scale in such a format, where only
             ONNX's own blocked DequantizeLinear before a linear layer is understood; empty where
             ONNX Runtime's MatMulNBits is, with groups of any size.
+        own_precisions: precisions below 16 bits that the runtime makes of a float model by itself,
+            under its option `precision`; None where passes quantize for it, operator by operator.
         notes: sentences for the user before work starts.
     """
 
@@ -117,6 +123,7 @@ class Capabilities:
     patterns: tuple[FusablePattern, ...] = ()
     weight_only: tuple[str, ...] = ()
     weight_groups: tuple[int, ...] = ()
+    own_precisions: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
     def pattern(self, op: str) -> FusablePattern | None:
@@ -140,7 +147,7 @@ class Kernel:
     Attributes:
         name: the runtime's name.
         op_type: the runtime's operator, e.g. "QLinearConv".
-        precision: "float32", "bfloat16", "int8", "move" (layout or shape only) or "convert"
+        precision: one of `FLOATS`, "int8", "float8", "move" (layout or shape only) or "convert"
             (Q, DQ, casts).
         site: name of the site that it executes, or "" for what the runtime inserted.
     """
@@ -220,6 +227,14 @@ class ManyRuntimes(Protocol):
 
     def missing(self) -> Mapping[str, Check]:
         """Those that cannot, by name, with the reason."""
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """An engine whose device has a memory of its own, so that copies can be left out of a time."""
+
+    def on_device(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """A function that runs once on inputs that are on the device, and leaves outputs there."""
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.data import Data
 from compress.errors import DataError
 from compress.model import Model
-from quant.network import Network, to_torch
+from compress.torch_graph.network import Network, to_torch
 from quant.simulation import Simulation
 
 LARGEST_PIECE = 8

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compress.torch_graph.network import Network
 from quant.blocks import Piece, Walk
 from quant.learned import LearnedScale, fixed_scales, scale_ceilings, shared_tensors
-from quant.network import Network
 from quant.rounding import RATE, SoftRounding, exponent_at, pull
 from quant.simulation import Simulation
 from quant.sites import Site

@@ -23,8 +23,8 @@ from compress.model import Model
 from compress.passes import Context
 from compress.rewrites import new_constant, output_statistics
 from compress.target import Target
+from compress.torch_graph.network import Network
 from quant.calibration import calibration_data
-from quant.network import Network
 from quant.refine import Quantized, emitted, state_of, with_constants
 from quant.simulation import Simulation
 from quant.spec import QParams

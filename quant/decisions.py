@@ -19,9 +19,9 @@ from compress.data import Data
 from compress.errors import UsageError
 from compress.model import Model
 from compress.progress import Progress, silent
+from compress.torch_graph.network import Network
 from quant.calibration import observe
 from quant.fake import fake_quantize
-from quant.network import Network
 from quant.observers import HistogramObserver, RangeMethod, find_range
 from quant.plan import QuantPlan
 from quant.quantizer import qparams_from_range

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from compress.torch_graph.network import Network
 from quant.emit import integer_limits
-from quant.network import Network
 from quant.placement import GATES
 from quant.plan import QuantPlan
 from quant.quantizer import SMALLEST_SCALE

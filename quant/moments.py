@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quant.network import Step
-from quant.operators import OPERATORS
+from compress.torch_graph.network import Step
+from compress.torch_graph.operators import OPERATORS
 from quant.rounding import Quadratic
 
 DAMPING = 0.1

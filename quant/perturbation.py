@@ -19,8 +19,8 @@ from compress.data import Data
 from compress.errors import DataError
 from compress.model import Model
 from compress.progress import Progress, silent
+from compress.torch_graph.network import Network, to_torch
 from quant.decisions import Decision, rounded
-from quant.network import Network, to_torch
 from quant.spec import QParams
 from quant.sweep import fitting_samples
 

@@ -20,8 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from compress.errors import UnsupportedError
 from compress.model import TensorSpec
-from quant.network import Network, Step, to_torch
-from quant.operators import OPERATORS, Attributes
+from compress.torch_graph.network import Network, Step, to_torch
+from compress.torch_graph.operators import OPERATORS, Attributes
 from quant.plan import QuantPlan
 from quant.quantizer import quantize
 from quant.spec import QParams

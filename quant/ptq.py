@@ -210,7 +210,7 @@ class Quantize:
         """Outputs of the plan in torch; None where the model was not made from one."""
         import torch
 
-        from quant.network import to_torch
+        from compress.torch_graph.network import to_torch
         from quant.simulation import Simulation
 
         state = next(

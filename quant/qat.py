@@ -22,8 +22,8 @@ from compress.passes import Context
 from compress.reference import reference_session, run
 from compress.rewrites import STATISTICS, listed, output_statistics
 from compress.target import Target
+from compress.torch_graph.network import Network, to_torch
 from quant.learned import Scales
-from quant.network import Network, to_torch
 from quant.refine import STATE, emitted, state_of, with_constants
 from quant.trainee import Folded, Trainee
 from quant.training import Limits, Outcome, Samples, Score, pick, train

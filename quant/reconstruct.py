@@ -23,12 +23,12 @@ from compress.graph import graph_sites
 from compress.model import Model
 from compress.passes import Context
 from compress.target import Target
+from compress.torch_graph.network import Network
 from quant.blocks import Piece, Walk, batches_of, cut, data_sizes
 from quant.brecq import Block, block_scales, fisher, learn_roundings, learn_scales
 from quant.calibration import calibration_data
 from quant.correct import with_biases
 from quant.moments import Moments, sampled_rows
-from quant.network import Network
 from quant.refine import emitted, state_of, with_constants
 from quant.rounding import Rounding, choose, relax
 from quant.simulation import Simulation

@@ -19,9 +19,9 @@ from compress.errors import UnsupportedError, UsageError
 from compress.graph import graph_sha256, graph_sites, infer_shapes
 from compress.model import Model
 from compress.progress import Progress, silent
+from compress.torch_graph.network import Network
 from quant.curvature import ROUNDS, TOLERANCE, Trace, fisher_metric, hutchinson_metric
 from quant.decisions import Option, Side, decide, uniform
-from quant.network import Network
 from quant.observers import RangeMethod
 from quant.perturbation import Subject, Values, output_metrics
 from quant.plan import QuantPlan

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from compress.torch_graph.network import Network, Step
 from quant.fake import fake_quantize
-from quant.network import Network, Step
 from quant.plan import QuantPlan
 from quant.quantizer import qparams_from_range
 from quant.refine import Quantized

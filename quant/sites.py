@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.network import Network, Step
+from compress.torch_graph.network import Network, Step
 from quant.plan import QuantPlan
 from quant.quantizer import dequantize
 from quant.rounding import Rounding

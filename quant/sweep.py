@@ -19,7 +19,7 @@ from compress.data import Data
 from compress.errors import DataError
 from compress.graph import infer_shapes
 from compress.model import Model
-from quant.network import Network, Step, to_torch
+from compress.torch_graph.network import Network, Step, to_torch
 from quant.simulation import Simulation
 
 MEMORY_BYTES = 512_000_000

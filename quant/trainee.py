@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from compress.torch_graph.network import Network, Step
+from compress.torch_graph.operators import OPERATORS
 from quant.fake import expand, fake_quantize, lsq_gradient_scale
 from quant.learned import (
     LearnedScale,
@@ -33,8 +35,6 @@ from quant.learned import (
     scale_ceilings,
     shared_tensors,
 )
-from quant.network import Network, Step
-from quant.operators import OPERATORS
 from quant.plan import QuantPlan
 from quant.simulation import Simulation
 from quant.spec import QParams

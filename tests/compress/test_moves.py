@@ -19,7 +19,7 @@ from compress.reference import reference_session, run
 from compress.rewrites import STATISTICS, listed, output_statistics
 from compress.shuffle import ShuffleInConvolution
 from compress.testing import PassContract
-from quant.network import Network, to_torch
+from compress.torch_graph.network import Network, to_torch
 from quant.ptq import Quantize
 from targets.onnxruntime import OnnxRuntime
 from targets.openvino import OpenVINO

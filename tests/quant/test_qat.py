@@ -24,11 +24,11 @@ from compress.recipe import default_passes
 from compress.registry import create_target
 from compress.rewrites import output_statistics
 from compress.testing import IMAGE, NullTarget, PassContract, tiny_convnet, tiny_model
+from compress.torch_graph.network import Network
 from quant.correct import CorrectBias
 from quant.emit import integer_limits
 from quant.fake import expand
 from quant.learned import LearnedScale, range_scale, shared_tensors
-from quant.network import Network
 from quant.plan import QuantPlan
 from quant.ptq import Quantize
 from quant.qat import QAT, distillation, teacher_graph

@@ -21,12 +21,12 @@ from compress.recipe import default_passes
 from compress.reference import reference_session, run
 from compress.registry import create_target
 from compress.testing import PassContract, tiny_exported, tiny_model
+from compress.torch_graph.network import Network, Step, to_torch
+from compress.torch_graph.operators import OPERATORS
 from quant.blocks import Walk, cut, data_sizes
 from quant.brecq import Block, block_scales, fisher, learn_roundings
 from quant.learned import shared_tensors
 from quant.moments import Moments, sampled_rows
-from quant.network import Network, Step, to_torch
-from quant.operators import OPERATORS
 from quant.plan import QuantPlan
 from quant.ptq import Quantize
 from quant.quantizer import fake_quantize, quantize, weight_qparams

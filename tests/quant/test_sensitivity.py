@@ -21,10 +21,10 @@ from compress.passes import Context
 from compress.recipe import default_passes
 from compress.registry import create_target
 from compress.testing import tiny_exported
+from compress.torch_graph.network import Network, to_torch
 from quant import curvature, perturbation
 from quant.curvature import hessian_traces
 from quant.decisions import Decision, Option, Side, decide, decisions, in_format, rounded, uniform
-from quant.network import Network, to_torch
 from quant.perturbation import boundary, perturbed
 from quant.plan import QuantPlan
 from quant.ptq import Quantize

@@ -15,9 +15,9 @@ from compress.reference import reference_session, run
 from compress.registry import create_target
 from compress.rewrites import output_statistics
 from compress.testing import tiny_exported
+from compress.torch_graph.network import Network, to_torch
 from quant.correct import CorrectBias, ReestimateBatchNorm, clip_behind, rectified_mean
 from quant.emulate import emit_emulated
-from quant.network import Network, to_torch
 from quant.plan import QuantPlan
 from quant.ptq import Quantize
 from quant.quantizer import fake_quantize, qparams_from_range, quantize, weight_qparams

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedError
-from quant.operators import OPERATORS
+from compress.torch_graph.operators import OPERATORS
 
 
 @dataclass(frozen=True)

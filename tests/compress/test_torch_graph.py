@@ -12,8 +12,8 @@ from onnx import helper
 from compress.errors import UnsupportedError
 from compress.reference import reference_session, run
 from compress.testing import tiny_exported
-from quant.network import Network, to_torch
-from quant.operators import OPERATORS
+from compress.torch_graph.network import Network, to_torch
+from compress.torch_graph.operators import OPERATORS
 
 RNG = np.random.default_rng(0)
 
