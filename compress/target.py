@@ -93,6 +93,9 @@ class Capabilities:
         restricted_weights: weights leave out the most negative integer, -128 of int8.
         float_constants: only weights of multiply-accumulates are integers; biases and other
             constant operands stay float.
+        needed_only: what a multiply-accumulate, an elementwise operator or an epilogue writes is
+            quantized only where an operator in int8 reads it.
+        dynamic: ranges of activations can be computed at run time (DynamicQuantizeLinear).
         per_channel: weights may have one scale per output channel.
         linear: what a linear layer on inputs of rank 3 and more is fastest as.
         costly_moves: moving activations (transpose, channel shuffle) takes longer than additional
@@ -100,9 +103,9 @@ class Capabilities:
         int8_dot_product: the machine has an int8 dot-product instruction.
         patterns: operators that run in int8.
         weight_only: formats of weights that are stored and computed with in float.
-        weight_groups: numbers of weights that may share a scale in such a format, where only
-            ONNX's own blocked DequantizeLinear before a linear layer is understood; empty where
-            ONNX Runtime's MatMulNBits is, with groups of any size.
+        weight_groups: numbers of weights that may share a scale where such a format is understood
+            only as ONNX's blocked DequantizeLinear before a linear layer; empty where ONNX
+            Runtime's MatMulNBits is understood, with groups of any size.
         own_precisions: precisions below 16 bits that the runtime makes of a float model by itself,
             under its option `precision`; None where passes quantize for it, operator by operator.
         notes: sentences for the user before work starts.
@@ -116,6 +119,8 @@ class Capabilities:
     reduced_weights: bool = False
     restricted_weights: bool = False
     float_constants: bool = False
+    needed_only: bool = False
+    dynamic: bool = True
     per_channel: bool = True
     linear: Literal["Gemm", "MatMul"] = "MatMul"
     costly_moves: bool = False

@@ -21,7 +21,8 @@ _STORAGE = {"int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
 def emit_qdq(graph_model: ir.Model, plan: QuantPlan) -> ir.Model:
     """A copy of the float model with QuantizeLinear/DequantizeLinear as the plan says.
 
-    Weights are stored as integers, biases as int32 with scale s_x s_w. An absorbed activation
+    Weights are stored as integers, biases as int32 with scale s_x s_w unless the plan keeps them
+    in float. An absorbed activation
     (Relu, Clip) disappears: the saturation of its producer's output does the same. The float
     model is not changed; its other tensors are shared with the copy.
     """
@@ -55,7 +56,7 @@ class _Emitter:
             return
         weight = node.inputs[1] if role == "matmul" else None
         params = self.plan.constants.get(weight.name or "") if weight is not None else None
-        if params is not None and params.spec.group is not None:
+        if params is not None and params.spec.group is not None and not self.plan.blocked:
             write_product(self.graph, node, params)
             return
         if role == "activation":
@@ -205,7 +206,7 @@ class _Emitter:
         self.quantize_tensor(product.outputs[0], produced=True)
 
     def constant_operands(self, node: ir.Node) -> None:
-        """Weights and constant operands as integers, the bias as int32."""
+        """Weights and constant operands as integers, the bias as int32 unless it stays float."""
         weight_scale = None
         for index, value in enumerate(list(node.inputs)):
             params = self.plan.constants.get(value.name or "") if value is not None else None
@@ -216,6 +217,8 @@ class _Emitter:
             node.replace_input_with(index, self.stored(value, params))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if node.op_type not in ("Conv", "Gemm") or bias is None or weight_scale is None:
+            return
+        if self.plan.float_biases:
             return
         source = node.inputs[0]
         q = self.integers.get(source.name or "") if source is not None else None
@@ -245,6 +248,7 @@ class _Emitter:
                 params.zero_point.astype(storage),
                 params.axis,
                 name,
+                params.spec.group,
             )
         return self.floats[name]
 
@@ -255,6 +259,7 @@ class _Emitter:
         zero: np.ndarray,
         axis: int | None,
         name: str,
+        group: int | None = None,
     ) -> ir.Value:
         inputs = [
             integers,
@@ -262,6 +267,8 @@ class _Emitter:
             self.constant(f"{name}/zero", zero),
         ]
         attributes = {} if axis is None else {"axis": axis}
+        if group is not None:
+            attributes["block_size"] = group
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/dq")
         out = node.outputs[0]
         out.name, out.dtype, out.shape = f"{name}/dq", ir.DataType.FLOAT, integers.shape

@@ -5,6 +5,7 @@ The table of patterns comes from the target's capabilities; this module only wal
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -53,12 +54,19 @@ def place(
     for node in graph:
         if node.op_type != "Constant":
             placer.visit(node)
+    placer.forget_unneeded(graph)
     return placer.finish()
 
 
 def single_use(value: ir.Value) -> bool:
     """Whether exactly one operator reads the tensor and it is no output of the graph."""
     return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def operand(node: ir.Node) -> ir.Value | None:
+    """The first input; for an operator on an activation and constants, the activation."""
+    variable = [v for v in node.inputs if v is not None and v.const_value is None]
+    return variable[0] if len(variable) == 1 else next(iter(node.inputs), None)
 
 
 def find_pattern(node: ir.Node, capabilities: Capabilities) -> FusablePattern | None:
@@ -92,10 +100,11 @@ class _Placer:
         self.resident: set[str] = set()
         self.parent: dict[str, str] = {}
         self.swishes: dict[str, ir.Value | None] = {}
+        self.unneeded: set[str] = set()
 
     def visit(self, node: ir.Node) -> None:
         name = node.name or ""
-        pattern = find_pattern(node, self.capabilities)
+        pattern = self.pattern(node)
         if name in self.swishes:
             reason = ""
         elif name in self.keep_float:
@@ -111,9 +120,20 @@ class _Placer:
         else:
             self.accept(node, pattern)
 
+    def pattern(self, node: ir.Node) -> FusablePattern | None:
+        """The pattern; next to a constant that stays float the operator can only end a kernel."""
+        found = find_pattern(node, self.capabilities)
+        if found is None or found.role != "elementwise" or not self.capabilities.float_constants:
+            return found
+        if all(value is None or value.const_value is None for value in node.inputs):
+            return found
+        return dataclasses.replace(found, role="epilogue", after=("matmul", "elementwise"))
+
     def refuse(self, node: ir.Node, pattern: FusablePattern) -> str:
         """Why this operator cannot run in int8, or ""."""
-        first = node.inputs[0] if node.inputs else None
+        first = next(iter(node.inputs), None)
+        if pattern.role == "epilogue":
+            first = operand(node)
         if first is None or first.dtype not in (ir.DataType.FLOAT, None):
             return "its input is not float32"
         rank = _rank(node, first)
@@ -125,7 +145,7 @@ class _Placer:
             case "activation":
                 return self.refuse_activation(node)
             case "epilogue":
-                if self.is_epilogue(node) or node.name in self.swishes:
+                if self.is_epilogue(node, pattern) or node.name in self.swishes:
                     return ""
                 return "no int8 kernel computes it on its way out"
             case "same_scale" | "integer" | "transparent":
@@ -169,13 +189,13 @@ class _Placer:
             return self.refuse_gate(node)
         return ""
 
-    def is_epilogue(self, node: ir.Node) -> bool:
+    def is_epilogue(self, node: ir.Node, pattern: FusablePattern) -> bool:
         """Whether the int8 kernel that writes the input computes this operator on its way out."""
-        source = node.inputs[0]
+        source = operand(node)
         producer = source.producer() if source is not None else None
         if source is None or producer is None or source.name not in self.resident:
             return False
-        if self.roles.get(producer.name or "") not in ("matmul", "epilogue"):
+        if self.roles.get(producer.name or "") not in (*pattern.after, "epilogue"):
             return False
         return single_use(source) or swish(node) is not None
 
@@ -205,10 +225,12 @@ class _Placer:
         activations = [v for v in node.inputs if v is not None and v.const_value is None]
         if pattern.role in MOVES:
             activations = activations[:1]
-        if pattern.float_operand:
+        if pattern.float_operand or pattern.fused_operand:
             activations = self.resident_operands(activations)
         for value in activations:
             self.join(value)
+        if pattern.shared_scale:
+            self.join(*activations)
         self.note_constants(node, pattern.role)
         outputs = list(node.outputs)
         wide = node.op_type == "Conv"
@@ -245,7 +267,7 @@ class _Placer:
         if product is not None:
             self.swishes[product.name or ""] = node.inputs[0]
             return
-        source = self.swishes.get(node.name or "", node.inputs[0])
+        source = self.swishes.get(node.name or "", operand(node))
         if source is not None:
             self.forget(source)
         out = node.outputs[0]
@@ -267,8 +289,11 @@ class _Placer:
         """The inputs of a concat that share the output's scale.
 
         A tensor that a ReLU made non-negative keeps a scale of its own beside signed ones: a
-        shared zero point would cost it half of its range, and the ReLU its free saturation.
+        shared zero point would cost it half of its range, and the ReLU its free saturation. Where
+        the zero point is 0 in any case, all share one.
         """
+        if self.capabilities.activation == "int8":
+            return inputs
         signed = [value for value in inputs if not self.non_negative(value)]
         return signed or inputs
 
@@ -294,7 +319,7 @@ class _Placer:
         if depth > 6:
             return False
         for use in value.uses():
-            pattern = find_pattern(use.node, self.capabilities)
+            pattern = self.pattern(use.node)
             if pattern is None or use.node.name in self.keep_float:
                 continue
             if pattern.role == "matmul" and not _refuse_matmul(use.node):
@@ -322,10 +347,22 @@ class _Placer:
         self.resident.discard(value.name or "")
         self.parent.pop(value.name or "", None)
 
+    def forget_unneeded(self, graph: ir.Graph) -> None:
+        """Leave in float what kernels write and no operator in int8 reads."""
+        for node in graph if self.capabilities.needed_only else ():
+            if self.roles.get(node.name or "") not in ("matmul", "elementwise", "epilogue"):
+                continue
+            for out in node.outputs:
+                readers = [use.node.name or "" for use in out.uses()]
+                if out.name in self.parent and not any(name in self.roles for name in readers):
+                    self.unneeded.add(out.name)
+                    self.float_outputs[node.name or ""] = None
+
     def finish(self) -> Placement:
         groups: dict[str, list[str]] = {}
         for name in self.parent:
-            groups.setdefault(self.find(name), []).append(name)
+            if name not in self.unneeded:
+                groups.setdefault(self.find(name), []).append(name)
         return Placement(
             self.roles,
             tuple(tuple(members) for members in groups.values()),

@@ -40,6 +40,8 @@ class QuantPlan:
         float_outputs: int8 operators that write float32.
         dynamic: operators whose activation range is computed at run time.
         reasons: every other operator and why it stays float.
+        float_biases: biases are not rounded to int32.
+        blocked: groups of weights are written with ONNX's blocked DequantizeLinear.
     """
 
     roles: Mapping[str, Role] = field(default_factory=dict)
@@ -48,6 +50,8 @@ class QuantPlan:
     float_outputs: tuple[str, ...] = ()
     dynamic: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    float_biases: bool = False
+    blocked: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; exact."""
@@ -58,6 +62,7 @@ class QuantPlan:
             "float_outputs": list(self.float_outputs),
             "dynamic": list(self.dynamic),
             "reasons": dict(self.reasons),
+            **{name: True for name in ("float_biases", "blocked") if getattr(self, name)},
         }
 
     @classmethod
@@ -70,6 +75,8 @@ class QuantPlan:
             float_outputs=tuple(values["float_outputs"]),
             dynamic=tuple(values["dynamic"]),
             reasons=dict(values["reasons"]),
+            float_biases=values.get("float_biases", False),
+            blocked=values.get("blocked", False),
         )
 
 
@@ -114,13 +121,15 @@ def static_plan(
         if gate:
             _fit_gate(node, activations)
     constants = _constant_params(graph, placement, capabilities, per_channel, formats)
-    _leave_room_for_bias(graph, placement, activations, constants)
+    if not capabilities.float_constants:
+        _leave_room_for_bias(graph, placement, activations, constants)
     return QuantPlan(
         placement.roles,
         activations,
         constants,
         placement.float_outputs,
         reasons=placement.reasons,
+        float_biases=capabilities.float_constants,
     )
 
 
@@ -166,7 +175,8 @@ def weight_only_plan(
         reasons[name] = "weights only" if name in formats else "weight-only quantization"
     chosen = Placement(roles, (), placement.constants, (), {})
     constants = _constant_params(graph, chosen, capabilities, True, formats)
-    return QuantPlan(roles, {}, constants, (), (), reasons)
+    blocked = bool(capabilities.weight_groups)
+    return QuantPlan(roles, {}, constants, (), (), reasons, blocked=blocked)
 
 
 def joined(first: QuantPlan, second: QuantPlan) -> QuantPlan:
@@ -180,6 +190,8 @@ def joined(first: QuantPlan, second: QuantPlan) -> QuantPlan:
         first.float_outputs + second.float_outputs,
         first.dynamic + second.dynamic,
         {n: r for n, r in reasons.items() if n not in roles or n in second.roles},
+        first.float_biases or second.float_biases,
+        first.blocked or second.blocked,
     )
 
 
@@ -273,7 +285,11 @@ def _constant_params(
             array = value.const_value.numpy()
             axis = None
             if role == "matmul" and index == weight_input(node):
-                spec = QuantSpec(capabilities.weight, reduced=capabilities.reduced_weights)
+                spec = QuantSpec(
+                    capabilities.weight,
+                    reduced=capabilities.reduced_weights,
+                    restricted=capabilities.restricted_weights,
+                )
                 form = (formats or {}).get(node.name or "")
                 axis = None
                 if form is not None and form.weight.granularity == "per_group":

@@ -19,7 +19,7 @@ from quant.placement import Placement, place
 from quant.plan import QuantPlan, dynamic_plan, joined, static_plan, weight_only_plan
 from quant.refine import STATE, Quantized, emit
 from quant.spec import QuantSpec
-from quant.weight_only import stored_format, untransposed
+from quant.weight_only import has_groups, stored_format, untransposed
 from quant.widths import (
     AUTO,
     AUTO_WIDTHS,
@@ -152,6 +152,8 @@ class Quantize:
         self._check_names({node.name or "" for node in model.graph_model.graph})
         placement = self._place(model, capabilities, self.keep_float)
         chosen = self._widths(model, placement, context)
+        group = self._group(capabilities)
+        chosen = self._storable(model, chosen, capabilities, group)
         narrow = {} if self.simulate else {n: w for n, w in chosen.items() if w != NATIVE}
         plan, source, samples = QuantPlan(), "none: weights only", 0
         if narrow:
@@ -164,7 +166,7 @@ class Quantize:
         if narrow:
             graph = model.graph_model.graph
             formats = {
-                node.name or "": stored_format(node, self.group)
+                node.name or "": stored_format(node, group)
                 for node in graph
                 if node.name in narrow
             }
@@ -176,6 +178,7 @@ class Quantize:
             "samples": samples,
             "simulated": self.simulate,
             "bits": {name: width for name, width in chosen.items() if width != NATIVE},
+            **({"group": group} if group != self.group else {}),
             "reasons": dict(plan.reasons),
             "plan": plan.to_dict(),
             STATE: state,
@@ -236,6 +239,11 @@ class Quantize:
         context: Context,
     ) -> QuantPlan:
         graph, capabilities = model.graph_model.graph, context.target.capabilities
+        if data is None and not capabilities.dynamic:
+            raise UnsupportedError(
+                f"There are no data for activation ranges, and without BatchNorm none can be made; "
+                f"target {context.target.name} cannot find ranges at run time. Give --calibration."
+            )
         if data is None:
             return dynamic_plan(graph, placement, capabilities)
         observers: dict[str, HistogramObserver] = observe(
@@ -283,6 +291,29 @@ class Quantize:
         if len(widths) > 1:
             chosen = self._spread(model, placement, context, sites)
         return chosen | edges
+
+    def _group(self, capabilities: Capabilities) -> int:
+        """The smallest group that the target takes and that is not below the one asked for."""
+        allowed = sorted(capabilities.weight_groups)
+        return next((g for g in allowed if g >= self.group), max(allowed, default=self.group))
+
+    def _storable(
+        self, model: Model, chosen: dict[str, Width], capabilities: Capabilities, group: int
+    ) -> dict[str, Width]:
+        """Without the narrow widths of weights that cannot be stored in the target's groups."""
+        if self.simulate or not capabilities.weight_groups:
+            return chosen
+        nodes = {node.name or "": node for node in model.graph_model.graph}
+        narrow = [name for name, width in chosen.items() if width != NATIVE]
+        fits = {name for name in narrow if has_groups(nodes[name], group)}
+        if NATIVE in self.widths:
+            return chosen | dict.fromkeys((n for n in narrow if n not in fits), NATIVE)
+        if narrow and not fits:
+            raise UnsupportedError(
+                f"No weight can be stored in 4 bits: this target takes them for linear layers only, "
+                f"with input features in groups of {group}. Use --bits 8."
+            )
+        return {name: width for name, width in chosen.items() if name in fits}
 
     def _spread(
         self, model: Model, placement: Placement, context: Context, sites: Sequence[str]

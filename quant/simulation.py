@@ -37,7 +37,8 @@ class Simulation:
     """
 
     def __init__(self, network: Network, plan: QuantPlan, float_biases: bool = False) -> None:
-        self.network, self.plan, self.float_biases = network, plan, float_biases
+        self.network, self.plan = network, plan
+        self.float_biases = float_biases or plan.float_biases
         self.values: dict[str, Tensor] = {}
         self.rounded: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}

@@ -34,6 +34,14 @@ def stored_format(node: ir.Node, group: int) -> SiteFormat:
     return SiteFormat(spec, _FLOAT)
 
 
+def has_groups(node: ir.Node, group: int) -> bool:
+    """Whether a linear layer's input features can be stored in groups of this size."""
+    array = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    if node.op_type not in ("MatMul", "Gemm") or array is None or array.ndim != 2:
+        return False
+    return bool(array.shape[node.attributes.get_int("transB", 0)] % group == 0)
+
+
 def untransposed(graph: ir.Graph, sites: Container[str]) -> None:
     """Write Gemm weights as (in, out), the form in which runtimes fuse int4 weights."""
     for node in graph:

@@ -265,7 +265,7 @@ def test_a_changed_file_without_a_report_is_not_loaded(copy: Path) -> None:
 
 
 def test_a_graph_that_torch_cannot_run_is_an_engine_error(onnx_model: Any) -> None:
-    model = onnx_model("(float[1,4] x) => (float[1,4] y) { y = Celu(x) }")
+    model = onnx_model("celu (float[1,4] x) => (float[1,4] y) { y = Celu(x) }")
     with pytest.raises(EngineError, match=r"Inductor refuses the model: .*Celu"):
         HERE.build(model)(model.example())
 
