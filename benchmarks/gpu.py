@@ -41,6 +41,7 @@ from compress.recipe import default_passes
 from compress.target import FLOATS, Target
 from targets.cuda import CUDA
 from targets.gpu import Gpu, find_gpu
+from targets.inductor import Inductor
 
 NETWORKS = ("resnet50", "mobilenet_v2", "vit_b_16")
 BATCHES = (1, 32)
@@ -125,6 +126,8 @@ def run_one(name: str, batch: int, seconds: float) -> dict[str, Any]:
     for runtime in CUDA().runtimes():
         passes = default_passes(bits=16)
         model = lower(exported, passes, Context(target=runtime, original=exported)).float_model
+        if isinstance(runtime, Inductor):
+            runtime = dataclasses.replace(runtime, autotune=True)  # as torch.compile here
         facts = runtime.capabilities
         own = facts.own_precisions or ()
         for precision in (*(p for p in FLOATS if p in facts.precisions), *own):

@@ -106,6 +106,8 @@ class Capabilities:
         weight_groups: numbers of weights that may share a scale where such a format is understood
             only as ONNX's blocked DequantizeLinear before a linear layer; empty where ONNX
             Runtime's MatMulNBits is understood, with groups of any size.
+        channel_multiple: numbers of channels that are multiples of it use the units that multiply
+            fully, in every precision; 1 where no such number is known.
         own_precisions: precisions below 16 bits that the runtime makes of a float model by itself,
             under its option `precision`; None where passes quantize for it, operator by operator.
         notes: sentences for the user before work starts.
@@ -128,6 +130,7 @@ class Capabilities:
     patterns: tuple[FusablePattern, ...] = ()
     weight_only: tuple[str, ...] = ()
     weight_groups: tuple[int, ...] = ()
+    channel_multiple: int = 1
     own_precisions: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
 from compress.errors import UsageError
 from compress.model import Model
 from compress.target import Capabilities, Check, Engine, Target
-from targets.gpu import DRIVER, Gpu, features, find_gpu
+from targets.gpu import DRIVER, Gpu, channel_multiple, features, find_gpu
 
 if TYPE_CHECKING:
     from targets.inductor_engine import CompileSettings
@@ -138,7 +138,12 @@ def inductor_capabilities(gpu: Gpu | None, torchao: bool) -> Capabilities:
     else:
         note = "int8 and FP8 were not tried in Inductor: the GPU has neither beside bfloat16."
     return Capabilities(
-        source=_SOURCES, opset=OPSET, precisions=precisions, own_precisions=own, notes=(note,)
+        source=_SOURCES,
+        opset=OPSET,
+        precisions=precisions,
+        own_precisions=own,
+        channel_multiple=channel_multiple(gpu, (*precisions, *own)) if gpu is not None else 1,
+        notes=(note,),
     )
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal, get_args
 
-from compress.errors import UsageError
+from compress.errors import CompressError, EngineError, UsageError
 from compress.model import Model
 from compress.target import Capabilities, Check, Engine, Target
-from targets.gpu import DRIVER, Gpu, features, find_gpu
+from targets.gpu import DRIVER, Gpu, channel_multiple, features, find_gpu
 
 OPSET: Final = 21
 Precision = Literal["float32", "tf32", "float16"]
@@ -72,13 +72,20 @@ class OnnxRuntimeCuda:
         return Check(available=True)
 
     def build(self, model: Model) -> Engine:
-        """A session; the model is typed in float16 where that is asked for."""
+        """A session; the model is typed in float16 where that is asked for.
+
+        Raises:
+            EngineError: it cannot be typed, or ONNX Runtime refuses it.
+        """
         from compress.half import to_half
         from targets.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
 
         graph_model = model.graph_model
         if self.precision == "float16":
-            graph_model = to_half(graph_model, "float16")
+            try:
+                graph_model = to_half(graph_model, "float16")
+            except CompressError as error:
+                raise EngineError(str(error)) from error
         return OnnxRuntimeCudaEngine(
             f"ONNX Runtime CUDA {self.precision}",
             graph_model,
@@ -134,11 +141,13 @@ def onnxruntime_cuda_capabilities(gpu: Gpu | None) -> Capabilities:
     offered.
     """
     has = features(gpu) if gpu is not None else {}
+    precisions = ("float32", *(p for p in ("tf32", "float16") if p in has))
     return Capabilities(
         source=f"{_DOCUMENTATION} and docs/OperatorKernels.md of ONNX Runtime",
         opset=OPSET,
-        precisions=("float32", *(p for p in ("tf32", "float16") if p in has)),
+        precisions=precisions,
         own_precisions=(),
+        channel_multiple=channel_multiple(gpu, precisions) if gpu is not None else 1,
         linear="Gemm",
         notes=(NO_INT8,),
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,6 +166,18 @@ def test_what_inductor_offers(
     assert inductor_capabilities(gpu(*capability), torchao=False).own_precisions == ()
 
 
+def test_channels_come_in_the_multiple_of_the_narrowest_format() -> None:
+    volta, ampere, hopper = gpu(7, 0), gpu(8, 0), gpu(9, 0)
+    assert onnxruntime_cuda_capabilities(None).channel_multiple == 1
+    assert [onnxruntime_cuda_capabilities(one).channel_multiple for one in (volta, hopper)] == [
+        8,
+        8,
+    ]
+    assert inductor_capabilities(volta, torchao=True).channel_multiple == 8
+    assert inductor_capabilities(ampere, torchao=True).channel_multiple == 16
+    assert inductor_capabilities(ampere, torchao=False).channel_multiple == 8
+
+
 def test_onnxruntime_offers_no_int8_and_says_so() -> None:
     facts = onnxruntime_cuda_capabilities(gpu(9, 0))
     assert facts.precisions == ("float32", "tf32", "float16")
@@ -281,6 +295,27 @@ def test_formats_that_nothing_computes_are_refused(
         return
     with pytest.raises(UnsupportedError, match=refused):
         check_passes(passes, model, targets)
+
+
+def test_candidates_of_the_benchmark_are_timed_in_turns() -> None:
+    gpu_benchmark = pytest.importorskip("benchmarks.gpu", reason="needs the checkout")
+
+    def clock(call: Callable[[], object], times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - start) * 1e3
+
+    calls = {"short": lambda: time.sleep(1e-3), "long": lambda: time.sleep(4e-3)}
+    blocks = gpu_benchmark.interleaved(calls, seconds=0.1, clock=clock)
+    rows = gpu_benchmark.figures(blocks, "long")
+    assert {name: row["rounds"] >= 10 for name, row in rows.items()} == dict.fromkeys(calls, True)
+    assert rows["short"]["low_ms"] <= rows["short"]["p50_ms"] <= rows["short"]["high_ms"]
+    assert rows["long"]["ratio"]["value"] == 1
+    assert rows["short"]["ratio"]["verdict"] == "faster"
+    signal = np.array([3.0, 4.0])
+    assert gpu_benchmark.sqnr_db(signal, np.array([3.5, 4.0])) == pytest.approx(20)
+    assert gpu_benchmark.sqnr_db(signal, signal) is None
 
 
 @pytest.mark.gpu

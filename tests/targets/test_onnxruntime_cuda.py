@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnxruntime.capi import onnxruntime_inference_collection as collection
 
 from compress.errors import EngineError
+from compress.half import to_half
 from compress.reference import reference_session, run
 from compress.target import Engine, OnDevice
 from compress.testing import tiny_exported
@@ -60,6 +62,21 @@ def test_kernels_name_sites_in_the_precision_of_the_model(engine: OnnxRuntimeCud
     assert {"0", "4.depthwise", "4.pointwise", "8"} <= {kernel.site for kernel in kernels}
     assert {k.precision for k in kernels if k.op_type == "Conv"} <= {"float16"}
     assert "float32" not in {kernel.precision for kernel in kernels}
+
+
+def test_float16_is_computed_in_float16() -> None:
+    """ONNX Runtime's CPU provider runs what the GPU's gets, in its own way."""
+    model = tiny_exported(21)
+    typed = to_half(model.graph_model, "float16")
+    weights = {v.dtype for v in typed.graph.initializers.values() if v.dtype.is_floating_point()}
+    assert weights == {ir.DataType.FLOAT16}
+    engine = OnnxRuntimeCudaEngine("half", typed, model.inputs, {}, "float16", "cpu")
+    inputs = model.example(3)
+    (expected,) = run(reference_session(model.graph_model), inputs).values()
+    (got,) = engine(inputs).values()
+    assert got.dtype == np.float32
+    error = np.abs(got - expected).max() / np.abs(expected).max()
+    assert 1e-5 < error < 0.01
 
 
 def test_saves_the_model(engine: OnnxRuntimeCudaEngine, tmp_path: Path) -> None:
