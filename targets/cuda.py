@@ -16,9 +16,9 @@ from compress.model import Model
 from compress.target import Capabilities, Check, Engine, Target
 from targets.gpu import DRIVER, Gpu, find_gpu
 from targets.inductor import INSTALL_TORCH, Inductor, torch_build
+from targets.inductor_settings import DESCRIPTION
 from targets.onnxruntime_cuda import INSTALL, OnnxRuntimeCuda, has_provider
 
-_DESCRIPTION: Final = "engine.json"
 UNVERIFIED: Final = (
     "The CUDA target is written to its runtimes' documentation and unverified on hardware: please "
     "report what you see."
@@ -82,11 +82,11 @@ class CUDA:
         Raises:
             LoadError: there is no model in the directory.
         """
-        if (directory / _DESCRIPTION).is_file():
+        if (directory / DESCRIPTION).is_file():
             return Inductor().load(directory)
         if (directory / "model.onnx").is_file():
             return OnnxRuntimeCuda().load(directory)
-        raise LoadError(f"{directory} holds neither model.onnx nor {_DESCRIPTION}. Copy it again.")
+        raise LoadError(f"{directory} holds neither model.onnx nor {DESCRIPTION}. Copy it again.")
 
     def runtimes(self) -> tuple[Target, ...]:
         """ONNX Runtime and Inductor, as far as they can be used here."""

@@ -8,18 +8,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
+from typing import ClassVar, Final, Literal, get_args
 
 from compress.errors import UsageError
 from compress.model import Model
 from compress.target import Capabilities, Check, Engine, Target
 from targets.gpu import DRIVER, Gpu, channel_multiple, features, find_gpu
-
-if TYPE_CHECKING:
-    from targets.inductor_engine import CompileSettings
+from targets.inductor_settings import CompileSettings, Precision
 
 OPSET: Final = 21
-Precision = Literal["float32", "tf32", "float16", "bfloat16", "int8", "float8"]
 INSTALL_TORCH: Final = "pip install --force-reinstall torch torchvision (from PyPI: CUDA builds)"
 _OLDEST: Final = (7, 0)
 """What Triton, Inductor's GPU compiler, takes (torch._inductor.exc.GPUTooOldForTriton)."""
@@ -109,8 +106,6 @@ class Inductor:
         return f"Inductor {self.device.upper()} {self.precision}"
 
     def _settings(self) -> CompileSettings:
-        from targets.inductor_engine import CompileSettings
-
         return CompileSettings(**dataclasses.asdict(self))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -24,8 +24,7 @@ from compress.model import TensorSpec
 from compress.target import Kernel
 from compress.torch_graph.network import Network, Step, to_torch
 from compress.torch_graph.operators import OPERATORS
-
-Precision = Literal["float32", "tf32", "float16", "bfloat16", "int8", "float8"]
+from targets.inductor_settings import Precision
 
 REST: Final = {
     "float32": torch.float32,

@@ -16,16 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress import artifact
+from compress.candidates import int8_share
 from compress.errors import EngineError, LoadError
 from compress.export import to_onnx
+from compress.graph import graph_sites
+from compress.lowering import lower
 from compress.model import Model, TensorSpec
+from compress.passes import Context
+from compress.progress import silent
+from compress.recipe import default_passes
 from compress.reference import reference_session, run
+from compress.search import search
 from compress.target import OnDevice
 from compress.testing import TargetContract, tiny_exported
-from targets import inductor_engine
+from compress.workload import make_workload
+from targets import inductor_engine, inductor_package
 from targets.inductor import Inductor
-from targets.inductor_engine import DESCRIPTION, PACKAGE, CompileSettings, InductorEngine
+from targets.inductor_engine import InductorEngine
 from targets.inductor_program import make_program
+from targets.inductor_settings import DESCRIPTION, PACKAGE, CompileSettings
 
 HERE = Inductor(device="cpu")
 CHECK = HERE.check()
@@ -152,6 +161,28 @@ def test_a_package_in_int8(attention: Model, tmp_path: Path) -> None:
     assert {k.precision for k in again.kernels()} >= {"int8", "bfloat16"}
 
 
+@pytest.mark.slow
+@compiles
+def test_its_precisions_are_candidates_of_a_search(attention: Model) -> None:
+    pytest.importorskip("torchao")
+    context = Context(target=HERE, original=attention)
+    lowered = [lower(attention, default_passes(bits=8), context)]
+    workload = make_workload(attention, None, batch=1, objective="latency", threads=1)
+    found = search(attention, lowered, workload, seconds=0, seed=0, progress=silent)
+    screening = found.screening
+    names = ["float32", *(f"inductor {p}" for p in ("float32", "bfloat16", "int8"))]
+    assert list(screening.variants) == names
+    assert screening.failures == {}
+    assert screening.speed("inductor int8") > 0
+    assert screening.variants["inductor int8"].made_by == "inductor"
+    shares = [
+        int8_share(screening.engines[n].kernels(), graph_sites(attention.graph_model))
+        for n in names
+    ]
+    assert shares[:3] == [0, 0, 0]
+    assert 0 < shares[3] < 1
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package of the tiny network, as an artifact without its other files."""
@@ -273,7 +304,7 @@ def test_a_graph_that_torch_cannot_run_is_an_engine_error(onnx_model: Any) -> No
 def test_a_model_is_compiled_once(attention: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions build it again; the key has everything that decides what is compiled."""
     made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(inductor_engine, "_PACKAGES", {})
+    monkeypatch.setattr(inductor_package, "_PACKAGES", {})
     monkeypatch.setattr(
         torch._inductor, "aoti_compile_and_package", lambda *a, **k: made.append((a, k))
     )
