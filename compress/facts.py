@@ -14,8 +14,11 @@ from compress.graph import Site, macs_in_subgraphs
 from compress.model import Model, Step
 from compress.rewrites import STATISTICS
 from compress.search import Searched
-from compress.target import ManyRuntimes, Target
+from compress.target import Kernel, ManyRuntimes, Target
 from compress.variants import settings as settings_of
+
+LISTED = 8
+"""Operators that a sentence names; `compress profile` and `Engine.kernels` know all."""
 
 
 def shown_model(measured: Measured, chosen: str) -> Model:
@@ -61,6 +64,27 @@ def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
             for name, check in target.missing().items()
         ]
     return [*remarks, *target.capabilities.notes]
+
+
+def delegation(kernels: Sequence[Kernel], sites: Sequence[Site]) -> list[str]:
+    """What a backend executes of the artifact, and what is left to the runtime's own operators.
+
+    Empty where the runtime hands nothing to a backend.
+    """
+    backends = sorted({kernel.backend for kernel in kernels} - {""})
+    if not backends:
+        return []
+    own = [kernel for kernel in kernels if not kernel.backend]
+    macs = {site.name: site.macs for site in sites}
+    left = sum(macs.get(name, 0) for name in {kernel.site for kernel in own})
+    share = 1 - left / sum(macs.values()) if any(macs.values()) else 1.0
+    names = sorted({f"{one.op_type} ({one.site})" if one.site else one.op_type for one in own})
+    shown = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" * (len(names) > LISTED))
+    return [
+        f"{' and '.join(backends)} executes {100 * share:.4g} % of the multiply-accumulates and "
+        f"{len(kernels) - len(own)} of {len(kernels)} operators; "
+        + (f"the runtime's own kernels execute {shown}." if names else "nothing is left to others.")
+    ]
 
 
 def calibration_facts(searched: Searched) -> dict[str, Any]:

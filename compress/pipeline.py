@@ -26,6 +26,7 @@ from compress.facts import (
     calibration_facts,
     command_line,
     data_facts,
+    delegation,
     model_facts,
     plan_of,
     region_rows,
@@ -50,7 +51,7 @@ from compress.repair import measure_sensitivity, repair
 from compress.report import Report
 from compress.search import search
 from compress.settings import NAMES as SETTING_NAMES
-from compress.settings import Settings, check_half, check_passes, choose_passes, read_data
+from compress.settings import Settings, capable, check_half, choose_passes, read_data
 from compress.target import Engine, Target, runtimes
 from compress.variants import settings as settings_of
 from compress.workload import Workload, check_workload, make_workload
@@ -195,7 +196,7 @@ def run(
     artifact.check_output(directory, overwrite)
     served = runtimes(destination)[:1] if simulate else runtimes(destination)
     check_half(bits if not simulate else None, served)
-    check_passes((*passes, *alternatives), original, served)
+    served, unable = capable((*passes, *alternatives), original, served)
     data, evaluator, training = read_data(settings, original)
     limits = Limits.parse(settings.max_drop, settings.min_speedup, evaluator is not None)
 
@@ -275,7 +276,12 @@ def run(
         passes = climbed.passes
     gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(
-        headline=(*decision.sentences, *remarks(searched, exported, destination)),
+        headline=(
+            *decision.sentences,
+            *unable,
+            *delegation(chosen.engine.kernels(), sites),
+            *remarks(searched, exported, destination),
+        ),
         met=decision.met,
         chosen=decision.chosen,
         budget=limits.to_dict(),

@@ -118,18 +118,19 @@ def _place(
     """Mixed placements for each runtime, the fastest first."""
     placements: dict[str, Placement] = {}
     known = recall(memory) if memory is not None else {}
-    for one in _by_speed(lowered, screening):
+    order = [one for one in _by_speed(lowered, screening) if _can_place(one)]
+    for one in order:
         name = one.context.target.name
         wide, narrow = _pair(name, screening, reference=one is lowered[0])
         late = time.monotonic() > deadline and not known
-        if not one.places or wide is None or narrow is None or late:
+        if wide is None or narrow is None or late:
             continue
         found = place_by_measurement(
             one,
             wide,
             narrow,
             screening,
-            deadline=_share(deadline, placements, lowered),
+            deadline=_share(deadline, last=one is order[-1]),
             remembered=known.get(name),
         )
         if found is not None:
@@ -139,10 +140,14 @@ def _place(
     return placements
 
 
-def _share(deadline: float, done: Mapping[str, Placement], lowered: Sequence[Lowered]) -> float:
+def _can_place(one: Lowered) -> bool:
+    """Whether operators can be kept in float one by one, and the runtime tells what each costs."""
+    return one.places and one.context.target.capabilities.profiler
+
+
+def _share(deadline: float, last: bool) -> float:
     """The faster runtime gets two thirds of what is left, the last one everything."""
     now = time.monotonic()
-    last = len(done) == len(lowered) - 1
     return deadline if last else now + (deadline - now) * 2 / 3
 
 

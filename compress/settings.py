@@ -125,19 +125,31 @@ def choose_passes(recipe: Recipe | None, **quantize: Any) -> tuple[Pass, ...]:
     return recipe.passes
 
 
-def check_passes(passes: Sequence[Pass], model: Model, targets: Sequence[Target]) -> None:
-    """Refuse before any work what a runtime cannot do.
+def capable(
+    passes: Sequence[Pass], model: Model, targets: Sequence[Target]
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """The runtimes that every pass applies to, and a sentence about each of the others.
 
     Raises:
-        UnsupportedError: a pass needs what one of the target's runtimes lacks, or what none of
-            them does by itself.
+        UnsupportedError: a pass needs what the first, which speed-ups refer to, does not have, or
+            what none of them quantizes to by itself.
     """
+    found: list[Target] = []
+    sentences: list[str] = []
+    for one in targets:
+        try:
+            for step in passes:
+                if not is_left_out(step, one):
+                    step.check(model, one)
+            found.append(one)
+        except UnsupportedError as error:
+            if not found:
+                raise
+            sentences.append(f"{one.name} was not tried: {error}")
     for step in passes:
-        for one in targets:
-            if not is_left_out(step, one):
-                step.check(model, one)
-        if all(is_left_out(step, one) for one in targets):
-            _check_own(step, targets)
+        if all(is_left_out(step, one) for one in found):
+            _check_own(step, found)
+    return tuple(found), tuple(sentences)
 
 
 def _check_own(step: Pass, targets: Sequence[Target]) -> None:

@@ -65,6 +65,7 @@ class FusablePattern:
             alone stays float: the operator is computed inside that kernel.
         shared_scale: operands in int8 share one scale.
         after: of an epilogue, the roles that it may follow.
+        constant_weight: of a product of two tensors, the second must be a constant.
     """
 
     op: str
@@ -77,6 +78,7 @@ class FusablePattern:
     fused_operand: bool = False
     shared_scale: bool = False
     after: tuple[Role, ...] = ("matmul",)
+    constant_weight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,7 @@ class Capabilities:
             fully, in every precision; 1 where no such number is known.
         own_precisions: precisions below 16 bits that the runtime makes of a float model by itself,
             under its option `precision`; None where passes quantize for it, operator by operator.
+        profiler: the runtime tells the time of each kernel.
         notes: sentences for the user before work starts.
     """
 
@@ -132,6 +135,7 @@ class Capabilities:
     weight_groups: tuple[int, ...] = ()
     channel_multiple: int = 1
     own_precisions: tuple[str, ...] | None = None
+    profiler: bool = True
     notes: tuple[str, ...] = ()
 
     def pattern(self, op: str) -> FusablePattern | None:
@@ -158,12 +162,15 @@ class Kernel:
         precision: one of `FLOATS`, "int8", "float8", "move" (layout or shape only) or "convert"
             (Q, DQ, casts).
         site: name of the site that it executes, or "" for what the runtime inserted.
+        backend: who executes it, where the runtime hands parts to a backend; "" for what the
+            runtime executes itself.
     """
 
     name: str
     op_type: str
     precision: str
     site: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class _Placer:
             return f"the int8 kernel takes at most rank {pattern.max_rank}"
         match pattern.role:
             case "matmul":
-                return _refuse_matmul(node)
+                return _refuse_matmul(node, pattern)
             case "activation":
                 return self.refuse_activation(node)
             case "epilogue":
@@ -322,7 +322,7 @@ class _Placer:
             pattern = self.pattern(use.node)
             if pattern is None or use.node.name in self.keep_float:
                 continue
-            if pattern.role == "matmul" and not _refuse_matmul(use.node):
+            if pattern.role == "matmul" and not _refuse_matmul(use.node, pattern):
                 return True
             follows = pattern.role in MOVES or pattern.role in ("activation", "epilogue")
             if wide and not follows and pattern.role != "matmul":
@@ -372,9 +372,9 @@ class _Placer:
         )
 
 
-def _refuse_matmul(node: ir.Node) -> str:
+def _refuse_matmul(node: ir.Node, pattern: FusablePattern) -> str:
     weight = weight_input(node)
-    if node.op_type != "MatMul" and weight != 1:
+    if weight != 1 and (node.op_type != "MatMul" or pattern.constant_weight):
         return "its weight is not a constant"
     if weight is not None:
         value = node.inputs[weight]

@@ -10,6 +10,7 @@ from typing import ClassVar
 from compress.errors import LoadError
 from compress.model import Model
 from compress.target import Capabilities, Check, Engine, Target
+from targets.executorch import ExecuTorch
 from targets.onnxruntime import OnnxRuntime
 from targets.openvino import OpenVINO
 from targets.threads import check_threads
@@ -57,16 +58,24 @@ class CPU:
             return self._reference.load(directory)
         if (directory / "model.xml").is_file():
             return self._openvino.load(directory)
-        raise LoadError(f"{directory} holds neither model.onnx nor model.xml. Copy it again.")
+        if (directory / "model.pte").is_file():
+            return self._executorch.load(directory)
+        raise LoadError(
+            f"{directory} holds none of model.onnx, model.xml and model.pte. Copy it again."
+        )
 
     def runtimes(self) -> tuple[Target, ...]:
-        """ONNX Runtime, and OpenVINO where it is installed."""
-        return (self._reference, *((self._openvino,) if self._openvino.check().available else ()))
+        """ONNX Runtime, then OpenVINO and ExecuTorch where they are installed."""
+        return (self._reference, *(one for one in self._optional if one.check().available))
 
     def missing(self) -> Mapping[str, Check]:
-        """OpenVINO, where it is not installed."""
-        check = self._openvino.check()
-        return {} if check.available else {self._openvino.name: check}
+        """OpenVINO and ExecuTorch, where they are not installed."""
+        checks = {one.name: one.check() for one in self._optional}
+        return {name: check for name, check in checks.items() if not check.available}
+
+    @property
+    def _optional(self) -> tuple[OpenVINO | ExecuTorch, ...]:
+        return self._openvino, self._executorch
 
     @property
     def _reference(self) -> OnnxRuntime:
@@ -75,3 +84,7 @@ class CPU:
     @property
     def _openvino(self) -> OpenVINO:
         return OpenVINO(threads=self.threads, streams=self.streams)
+
+    @property
+    def _executorch(self) -> ExecuTorch:
+        return ExecuTorch(threads=self.threads)

@@ -137,6 +137,7 @@ def inductor_capabilities(gpu: Gpu | None, torchao: bool) -> Capabilities:
         opset=OPSET,
         precisions=precisions,
         own_precisions=own,
+        profiler=False,
         channel_multiple=channel_multiple(gpu, (*precisions, *own)) if gpu is not None else 1,
         notes=(note,),
     )

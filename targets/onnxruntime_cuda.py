@@ -147,6 +147,7 @@ def onnxruntime_cuda_capabilities(gpu: Gpu | None) -> Capabilities:
         opset=OPSET,
         precisions=precisions,
         own_precisions=(),
+        profiler=False,
         channel_multiple=channel_multiple(gpu, precisions) if gpu is not None else 1,
         linear="Gemm",
         notes=(NO_INT8,),

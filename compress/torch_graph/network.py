@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedError
-from compress.torch_graph.operators import OPERATORS
+from compress.torch_graph.operators import OPERATORS, Operator
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,19 @@ class Network:
         constants: initializers by name; not copied where numpy can share its memory.
         producer: index of the step that writes a tensor.
         readers: indices of the steps that read a tensor, ascending.
+        operators: what computes each ONNX type.
+
+    Args:
+        graph_model: the graph.
+        also: operators besides those of `operators.OPERATORS`, by ONNX type.
 
     Raises:
         UnsupportedError: an operator has no counterpart in torch here.
     """
 
-    def __init__(self, graph_model: ir.Model) -> None:
+    def __init__(self, graph_model: ir.Model, also: Mapping[str, Operator] | None = None) -> None:
         graph = graph_model.graph
+        self.operators = {**OPERATORS, **(also or {})}
         self.inputs = tuple(v.name or "" for v in graph.inputs if v.const_value is None)
         self.outputs = tuple(value.name or "" for value in graph.outputs)
         self.constants = {
@@ -69,12 +75,14 @@ class Network:
                 self.readers.setdefault(name, []).append(index)
 
     def _steps(self, graph: ir.Graph) -> Iterable[Step]:
-        unknown = sorted({n.op_type for n in graph if n.op_type not in (*OPERATORS, "Constant")})
+        unknown = sorted(
+            {n.op_type for n in graph if n.op_type not in (*self.operators, "Constant")}
+        )
         foreign = sorted({n.domain for n in graph if n.domain not in ("", "ai.onnx")})
         if unknown or foreign:
             raise UnsupportedError(
-                f"The graph cannot be simulated in torch: it has {', '.join(unknown + foreign)}. "
-                f"What needs a simulation (reconstruction, bias correction, training) is not "
+                f"The graph cannot be run in torch: it has {', '.join(unknown + foreign)}. "
+                f"What needs that (reconstruction, bias correction, training, ExecuTorch) is not "
                 f"possible for it."
             )
         for node in graph:
@@ -95,7 +103,7 @@ class Network:
         """Run one step; `read` gives its inputs by position and name. Its outputs by name."""
         step = self.steps[index]
         operands = [read(i, name) if name else None for i, name in enumerate(step.inputs)]
-        result = OPERATORS[step.op](step.attributes, *operands)
+        result = self.operators[step.op](step.attributes, *operands)
         outputs = result if isinstance(result, tuple) else (result,)
         return dict(zip(step.outputs, outputs, strict=False))
 

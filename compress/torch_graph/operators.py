@@ -1,4 +1,4 @@
-"""ONNX operators as torch functions, for simulation and training of quantized networks.
+"""ONNX operators as torch functions: to simulate, train and lower networks that came as ONNX.
 
 Each function takes the node's attributes and its inputs (None where one is left out) and returns
 the output, or a tuple of outputs. The semantics are those of the ONNX operator specification up
@@ -22,7 +22,7 @@ Attributes: TypeAlias = Mapping[str, Any]
 Operator: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
 
 OPERATORS: dict[str, Operator] = {}
-"""Every operator that can be simulated, by its ONNX type."""
+"""Every operator that can be run in torch, by its ONNX type."""
 
 _TYPES = {
     1: torch.float32,
@@ -108,7 +108,7 @@ def _ConvTranspose(  # noqa: N802
     rank = weight.ndim - 2
     pads = attributes.get("pads", [0] * 2 * rank)
     if pads[:rank] != pads[rank:] or attributes.get("auto_pad", "NOTSET") != "NOTSET":
-        raise UnsupportedError("A ConvTranspose with uneven padding cannot be simulated.")
+        raise UnsupportedError("A ConvTranspose with uneven padding cannot be run in torch.")
     convolution = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
     return convolution(
         x,
@@ -280,9 +280,9 @@ def _AveragePool(attributes: Attributes, x: Tensor) -> Tensor:  # noqa: N802
     kernel = attributes["kernel_shape"]
     pads, whole = _pads(attributes, x, kernel), bool(attributes.get("count_include_pad", 0))
     if any(d != 1 for d in attributes.get("dilations", ())):
-        raise UnsupportedError("An AveragePool with dilation cannot be simulated.")
+        raise UnsupportedError("An AveragePool with dilation cannot be run in torch.")
     if not whole and pads[: len(kernel)] != pads[len(kernel) :]:
-        raise UnsupportedError("An AveragePool with uneven padding cannot be simulated.")
+        raise UnsupportedError("An AveragePool with uneven padding cannot be run in torch.")
     x, padding = _padded(x, pads)
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(kernel) - 1]
     strides = attributes.get("strides", [1] * len(kernel))
@@ -389,7 +389,7 @@ def _Shape(attributes: Attributes, x: Tensor) -> Tensor:  # noqa: N802
 def _Cast(attributes: Attributes, x: Tensor) -> Tensor:  # noqa: N802
     wanted = int(attributes["to"])
     if wanted not in _TYPES:
-        raise UnsupportedError(f"A Cast to ONNX type {wanted} cannot be simulated.")
+        raise UnsupportedError(f"A Cast to ONNX type {wanted} cannot be run in torch.")
     return x.to(_TYPES[wanted])
 
 
@@ -423,12 +423,12 @@ def _Pad(  # noqa: N802
         attributes.get("mode", "constant")
     )
     if mode is None:
-        raise UnsupportedError(f"A Pad with mode {attributes['mode']} cannot be simulated.")
+        raise UnsupportedError(f"A Pad with mode {attributes['mode']} cannot be run in torch.")
     if mode != "constant":
         inner = 2 * max(1, x.ndim - 2)  # torch pads these axes only
         if any(flat[inner:]):
             raise UnsupportedError(
-                f"A Pad with mode {mode} of batch or channels cannot be simulated."
+                f"A Pad with mode {mode} of batch or channels cannot be run in torch."
             )
         return F.pad(x, flat[:inner], mode)
     return F.pad(x, flat, value=float(value.item()) if value is not None else 0.0)
@@ -453,7 +453,7 @@ def _Resize(  # noqa: N802
     smooth = mode in ("linear", "cubic") and how in ("half_pixel", "align_corners")
     pytorch = mode == "linear" and how == "pytorch_half_pixel"
     if shape[:2] != list(x.shape[:2]) or x.ndim != 4 or not (exact or smooth or pytorch):
-        raise UnsupportedError(f"A Resize with mode {mode} and {how} cannot be simulated.")
+        raise UnsupportedError(f"A Resize with mode {mode} and {how} cannot be run in torch.")
     if exact:
         return F.interpolate(x, shape[2:], mode="nearest")
     name = {"linear": "bilinear", "cubic": "bicubic"}[mode]
@@ -475,7 +475,7 @@ def _ScatterND(  # noqa: N802
     attributes: Attributes, x: Tensor, indices: Tensor, updates: Tensor
 ) -> Tensor:
     if attributes.get("reduction", "none") != "none":
-        raise UnsupportedError("A ScatterND with a reduction cannot be simulated.")
+        raise UnsupportedError("A ScatterND with a reduction cannot be run in torch.")
     return x.index_put(tuple(indices.unbind(-1)), updates)
 
 

@@ -19,7 +19,7 @@ from compress.lowering import lower
 from compress.passes import Context
 from compress.recipe import default_passes
 from compress.registry import create_target
-from compress.settings import check_passes
+from compress.settings import capable
 from compress.target import FLOATS, Adjustable, ManyRuntimes, OnDevice, Target
 from compress.testing import TargetContract, tiny_exported
 from compress.variants import uniform_variants
@@ -291,10 +291,10 @@ def test_formats_that_nothing_computes_are_refused(
 ) -> None:
     passes, model = default_passes(**options), tiny_exported(21)
     if not refused:
-        check_passes(passes, model, targets)
+        assert capable(passes, model, targets) == (targets, ())
         return
     with pytest.raises(UnsupportedError, match=refused):
-        check_passes(passes, model, targets)
+        capable(passes, model, targets)
 
 
 def test_candidates_of_the_benchmark_are_timed_in_turns() -> None:
