@@ -30,6 +30,8 @@ PACKAGES = (
     "torchvision",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
+    "torchao",
     "openvino",
     "nncf",
     "numpy",

@@ -11,7 +11,7 @@ from compress.errors import EngineError
 from compress.export import to_onnx
 from compress.loading import to_torch
 from compress.model import Model
-from compress.passes import Compressing, Context, Pass, Placing, Refining
+from compress.passes import Compressing, Context, Pass, Placing, Refining, is_left_out
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Lowered:
         rest: that pass and what follows it; empty where nothing lowers precisions.
         context: of this runtime.
         alternatives: each makes a further model, in place of `rest`.
+        own_precisions: what the runtime is to quantize the float model to by itself.
     """
 
     float_model: Model
     rest: tuple[Pass, ...]
     context: Context
     alternatives: tuple[Pass, ...] = ()
+    own_precisions: tuple[str, ...] = ()
 
     @property
     def places(self) -> bool:
@@ -88,14 +90,20 @@ def export(original: Model, passes: Sequence[Pass], context: Context) -> tuple[M
 def lower(
     start: Model, passes: Sequence[Pass], context: Context, alternatives: Sequence[Pass] = ()
 ) -> Lowered:
-    """Apply the ONNX passes up to the first that lowers precisions."""
-    steps = [step for step in passes if step.stage == "onnx"]
+    """Apply the ONNX passes up to the first that lowers precisions.
+
+    Where the runtime quantizes by itself, it is to do so where a pass would have.
+    """
+    steps = [s for s in passes if s.stage == "onnx" and not is_left_out(s, context.target)]
+    asked = any(isinstance(s, Placing) and is_left_out(s, context.target) for s in passes)
+    own = context.target.capabilities.own_precisions or ()
     lowering = (i for i, step in enumerate(steps) if isinstance(step, (Placing, Compressing)))
     first = next(lowering, len(steps))
     model = _copy(start)
     for step in steps[:first]:
         model = _step(step, model, context)
-    return Lowered(model, tuple(steps[first:]), context, tuple(alternatives))
+    rest = tuple(steps[first:])
+    return Lowered(model, rest, context, tuple(alternatives), own if asked else ())
 
 
 def _torch_copy(original: Model) -> Model:

@@ -106,6 +106,12 @@ class Repairable(Placing, Protocol):
         """How far the outputs move when one operator alone is quantized, by operator; additive."""
 
 
+def is_left_out(step: Pass, target: Target) -> bool:
+    """Whether a pass has nothing to do, as the runtime takes float models and quantizes itself."""
+    own = target.capabilities.own_precisions is not None
+    return own and isinstance(step, (Placing, Refining))
+
+
 def options(step: Pass) -> dict[str, Any]:
     """The fields of a pass as plain values, for recipes and reports."""
     if not dataclasses.is_dataclass(step):

@@ -73,11 +73,13 @@ PACKAGES = (
     "torch",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
     "onnx-ir",
     "onnxscript",
     "numpy",
     "openvino",
     "nncf",
+    "torchao",
 )
 CACHE = Path("~/.cache/hwcompress")
 

@@ -15,6 +15,7 @@ from compress.passes import Pass, Repairable
 from compress.progress import Progress
 from compress.rungs import RUNGS
 from compress.search import Searched, region_costs
+from compress.target import FLOATS
 from compress.trial import Trials
 from compress.variants import Variant
 
@@ -81,7 +82,7 @@ def broken(searched: Searched, measured: Measured) -> Variant | None:
         for c in judged
         if not c.allowed
         and not variants[c.name].made_by
-        and c.precision not in ("float32", "bfloat16")
+        and c.precision not in FLOATS
         and (speed[c.name] > enough or c.buys != "speed")
     ]
     return variants[max(found, key=lambda name: speed[name])] if found else None

@@ -20,7 +20,7 @@ from compress.mixed import (
 )
 from compress.model import Model
 from compress.progress import Progress
-from compress.target import Adjustable, Elsewhere, Target
+from compress.target import FLOATS, Adjustable, Elsewhere, Target
 from compress.trial import Trials
 from compress.variants import BASELINE, Screening, Variant, settings, uniform_variants
 from compress.workload import Workload
@@ -99,7 +99,7 @@ def _refined(
     kept = []
     for variant in finalists:
         one = by_runtime.get(variant.target.name)
-        placed = not variant.made_by and variant.precision not in ("float32", "bfloat16")
+        placed = not variant.made_by and variant.precision not in FLOATS
         if one is None or not placed:
             kept.append(variant)
             continue
@@ -189,7 +189,7 @@ def _pair(
         for n, v in screening.variants.items()
         if v.target.name == runtime and n in screening.ratios and (n != BASELINE or reference)
     ]
-    wide = [v for v in found if v.precision in ("float32", "bfloat16")]
+    wide = [v for v in found if v.precision in FLOATS]
     narrow = next((v for v in found if v.precision == "int8" and not v.made_by), None)
     rewritten = [v for v in wide if v.name != BASELINE] or wide
     # Mixed models are made from the rewritten graph, so that is the one to profile.
@@ -244,7 +244,7 @@ def _finalists(screening: Screening) -> tuple[Variant, ...]:
             seen.add(kind)
     # What was asked for by its format is judged whatever its speed.
     chosen += [n for n in ranked if screening.variants[n].buys != "speed" and n not in chosen]
-    wide = [n for n in ranked if screening.variants[n].precision in ("float32", "bfloat16")]
+    wide = [n for n in ranked if screening.variants[n].precision in FLOATS]
     if wide and wide[0] not in chosen and screening.speed(wide[0]) > 1 + MARGIN:
         chosen.append(wide[0])
     return tuple(screening.variants[name] for name in (BASELINE, *chosen))

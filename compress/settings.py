@@ -14,7 +14,7 @@ from compress.ladder import DEFAULT_SECONDS as REPAIR_SECONDS
 from compress.machine import this_machine
 from compress.metrics import Evaluator, resolve_evaluator
 from compress.model import Model, TensorSpec
-from compress.passes import Pass
+from compress.passes import Pass, is_left_out
 from compress.recipe import Recipe, default_passes
 from compress.registry import create_target
 from compress.search import DEFAULT_SECONDS
@@ -138,20 +138,38 @@ def capable(
     """The runtimes that every pass applies to, and a sentence about each of the others.
 
     Raises:
-        UnsupportedError: a pass needs what the first, which speed-ups refer to, does not have.
+        UnsupportedError: a pass needs what the first, which speed-ups refer to, does not have, or
+            what none of them quantizes to by itself.
     """
     found: list[Target] = []
     sentences: list[str] = []
     for one in targets:
         try:
             for step in passes:
-                step.check(model, one)
+                if not is_left_out(step, one):
+                    step.check(model, one)
             found.append(one)
         except UnsupportedError as error:
             if not found:
                 raise
             sentences.append(f"{one.name} was not tried: {error}")
+    for step in passes:
+        if all(is_left_out(step, one) for one in found):
+            _check_own(step, found)
     return tuple(found), tuple(sentences)
+
+
+def _check_own(step: Pass, targets: Sequence[Target]) -> None:
+    makes = getattr(step, "makes", None)
+    own = [p for one in targets for p in one.capabilities.own_precisions or ()]
+    if makes is not None and makes not in own:
+        names = ", ".join(one.name for one in targets)
+        floats = dict.fromkeys(p for one in targets for p in one.capabilities.precisions)
+        others = " or --bits 8" if "int8" in own else ""
+        raise UnsupportedError(
+            f"Nothing in {names} computes {makes}; there is {', '.join((*floats, *own))}. Use "
+            f"--bits 16{others}."
+        )
 
 
 def read_data(

@@ -15,6 +15,10 @@ import numpy as np
 
 from compress.model import Arrays, Model, TensorSpec
 
+FLOATS = ("float32", "tf32", "bfloat16", "float16")
+"""Precisions in which a whole float model is computed; "tf32" rounds factors of float32 products
+to 10 bits of mantissa."""
+
 Role = Literal[
     "matmul",
     "elementwise",
@@ -105,6 +109,10 @@ class Capabilities:
         weight_groups: numbers of weights that may share a scale where such a format is understood
             only as ONNX's blocked DequantizeLinear before a linear layer; empty where ONNX
             Runtime's MatMulNBits is understood, with groups of any size.
+        channel_multiple: numbers of channels that are multiples of it use the units that multiply
+            fully, in every precision; 1 where no such number is known.
+        own_precisions: precisions below 16 bits that the runtime makes of a float model by itself,
+            under its option `precision`; None where passes quantize for it, operator by operator.
         profiler: the runtime tells the time of each kernel.
         notes: sentences for the user before work starts.
     """
@@ -127,6 +135,8 @@ class Capabilities:
     patterns: tuple[FusablePattern, ...] = ()
     weight_only: tuple[str, ...] = ()
     weight_groups: tuple[int, ...] = ()
+    channel_multiple: int = 1
+    own_precisions: tuple[str, ...] | None = None
     profiler: bool = True
     notes: tuple[str, ...] = ()
 
@@ -156,7 +166,7 @@ class Kernel:
     Attributes:
         name: the runtime's name.
         op_type: the runtime's operator, e.g. "QLinearConv".
-        precision: "float32", "bfloat16", "int8", "move" (layout or shape only) or "convert"
+        precision: one of `FLOATS`, "int8", "float8", "move" (layout or shape only) or "convert"
             (Q, DQ, casts).
         site: name of the site that it executes, or "" for what the runtime inserted.
         backend: who executes it, where the runtime hands parts to a backend; "" for what the
@@ -258,6 +268,14 @@ class ManyRuntimes(Protocol):
 
     def missing(self) -> Mapping[str, Check]:
         """Those that cannot, by name, with the reason."""
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """An engine whose device has a memory of its own, so that copies can be left out of a time."""
+
+    def on_device(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """A function that runs once on inputs that are on the device, and leaves outputs there."""
 
 
 @runtime_checkable

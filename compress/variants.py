@@ -16,7 +16,7 @@ from compress.lowering import Lowered
 from compress.model import Model
 from compress.passes import Compressing, Pass
 from compress.progress import Tracker
-from compress.target import Elsewhere, Engine, Isolated, Target
+from compress.target import FLOATS, Elsewhere, Engine, Isolated, Target
 from compress.trial import Trials
 from compress.workload import Workload
 
@@ -34,9 +34,10 @@ class Variant:
         name: in tables and reports.
         target: one runtime with its settings.
         model: at the ONNX stage.
-        precision: "float32", "bfloat16", "int8" or "mixed", or what a `Compressing` pass makes.
+        precision: one of `FLOATS`, "int8" or "mixed", what a `Compressing` pass makes, or one of a
+            runtime's own.
         kept_float: operators that placement left in float, by name.
-        made_by: the pass that compressed it, where no placement did, or "".
+        made_by: the pass, or the runtime, that compressed it, where no placement did, or "".
         failure: why a pass could not make the model, or ""; `model` is then what it was given.
         buys: what it is made for: "speed", "size" (weights in fewer bits than the runtime computes
             with), "device" (speed where it cannot be measured) or "numbers" (formats that are only
@@ -63,16 +64,25 @@ def uniform_variants(original: Model, lowered: Sequence[Lowered]) -> list[Varian
     for one in lowered:
         target, name = one.context.target, one.context.target.name
         unchanged = one is lowered[0] and one.float_model.history == original.history
-        wide = "bfloat16" in target.capabilities.precisions
         if not unchanged:
             rewritten = Variant(f"{name} float32", target, one.float_model, "float32")
             variants.append(dataclasses.replace(rewritten, buys=_buys(None, target)))
-        if wide:
-            # What an int8 model leaves in float is bfloat16 then, too.
-            target = dataclasses.replace(target, precision="bfloat16")  # type: ignore[type-var]
-            variants.append(Variant(f"{name} bfloat16", target, one.float_model, "bfloat16"))
+        for precision in _floats(target):
+            # What an int8 model leaves in float is in the last of these then, too.
+            target = dataclasses.replace(target, precision=precision)  # type: ignore[type-var]
+            variants.append(Variant(f"{name} {precision}", target, one.float_model, precision))
+        for precision in one.own_precisions:
+            own = dataclasses.replace(target, precision=precision)  # type: ignore[type-var]
+            label = f"{name} {precision}"
+            variants.append(Variant(label, own, one.float_model, precision, made_by=name))
         variants += _compressed(one, target)
     return variants
+
+
+def _floats(target: Target) -> list[str]:
+    """What it computes whole models in besides float32, by its option `precision`."""
+    option = getattr(target, "precision", None) is not None
+    return [p for p in FLOATS[1:] if option and p in target.capabilities.precisions]
 
 
 def _compressed(one: Lowered, target: Target) -> list[Variant]:

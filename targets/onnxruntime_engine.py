@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,14 +122,7 @@ class OnnxRuntimeEngine:
                 options.add_session_config_entry(key, "optimized.data")
             self._open(options)
             optimized = onnx.load(str(path), load_external_data=False)
-        sites = _Sites(self.graph_model)
-        integers = {i.name for i in optimized.graph.initializer if i.data_type in _INTEGER_TYPES}
-        return tuple(
-            _kernel(
-                node.name, node.op_type, sites, node.op_type == "Clip" and node.input[1] in integers
-            )
-            for node in optimized.graph.node
-        )
+        return kernels_of(optimized, self.graph_model)
 
     def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
         """Median time of each kernel under ONNX Runtime's profiler."""
@@ -148,6 +141,23 @@ class OnnxRuntimeEngine:
 
 
 PROVIDERS = ("CPUExecutionProvider",)
+
+
+def kernels_of(
+    optimized: onnx.ModelProto, graph_model: ir.Model, wide: str = "float32"
+) -> tuple[Kernel, ...]:
+    """The nodes of the graph that ONNX Runtime made of a model; floats are in precision `wide`."""
+    sites = _Sites(graph_model)
+    integers = {i.name for i in optimized.graph.initializer if i.data_type in _INTEGER_TYPES}
+    found = (
+        _kernel(
+            node.name, node.op_type, sites, node.op_type == "Clip" and node.input[1] in integers
+        )
+        for node in optimized.graph.node
+    )
+    return tuple(replace(k, precision=wide) if k.precision == "float32" else k for k in found)
+
+
 _INTEGER_TYPES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 
