@@ -100,7 +100,7 @@ def run(
     factory: options.Factory = None,
     target: options.RecipeTarget = None,
     target_options: options.TargetOption = None,
-    device: options.Device = None,
+    device: options.SheetOrDevices = None,
     bits: options.Bits = None,
     activation_bits: options.ActivationBits = None,
     simulate: options.Simulate = False,
@@ -126,7 +126,6 @@ def run(
     seconds: options.RecipeSeconds = None,
     sensitivity: options.Sensitivity = False,
     seed: options.RecipeSeed = None,
-    devices: options.Devices = None,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
@@ -147,7 +146,7 @@ def run(
         factory=factory,
         target=target,
         target_options=chosen,
-        device=device,
+        device=device or (),
         bits=bits,
         activation_bits=activation_bits,
         simulate=simulate,
@@ -174,7 +173,6 @@ def run(
         sensitivity=sensitivity or None,
         seed=seed,
         trust_pickle=trust_pickle,
-        devices=devices or (),
         progress=_progress(),
     )
     if as_json:
@@ -414,9 +412,9 @@ def profile(
 def targets(devices: options.DeviceSheets = False, as_json: options.Json = False) -> None:
     """List the targets and whether they work here, or the device sheets."""
     from compress import doctor, render
-    from compress.devices import DEVICES
+    from compress.device_sheets import SHEETS
 
-    rows = [device.to_dict() for device in DEVICES] if devices else doctor.targets()
+    rows = [device.to_dict() for device in SHEETS] if devices else doctor.targets()
     if as_json:
         _print_json(rows)
     elif devices:

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.candidates import HERE, Built, Measured, reasons, site_rows
 from compress.data import Data
-from compress.device import Device
+from compress.device_sheet import DeviceSheet
 from compress.graph import Site, macs_in_subgraphs
 from compress.model import Model, Step
 from compress.rewrites import STATISTICS
@@ -101,7 +101,7 @@ def shipping_remarks(chosen: Built) -> tuple[str, ...]:
 
 
 def predicted_facts(
-    device: Device, sites: Sequence[Site], rows: Sequence[Mapping[str, Any]]
+    device: DeviceSheet, sites: Sequence[Site], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The device sheet, and what the model takes at least on it, in float32 and in int8.
 

@@ -212,12 +212,13 @@ Objective = Annotated[
     Literal["latency", "throughput"] | None,
     typer.Option(help="One request at a time, or several in flight.  [default: latency]"),
 ]
-Device = Annotated[
-    str | None,
+SheetOrDevices = Annotated[
+    list[str] | None,
     typer.Option(
         "--device",
-        metavar="NAME",
-        help="Sheet of the device that it is for (`targets --devices`): adds predicted latencies.",
+        metavar="DEVICE",
+        help="Measure the candidates there: ssh://user@host[:port] or adb://serial. Repeatable. Or "
+        "the name of a device sheet (`targets --devices`), which adds predicted latencies.",
     ),
 ]
 DeviceSheets = Annotated[bool, typer.Option("--devices", help="List the device sheets instead.")]

@@ -21,8 +21,7 @@ from compress.candidates import Built, Limits, measure_finals
 from compress.data import Data
 from compress.decision import choose
 from compress.deferred import Preparation, check_deferred, prepare
-from compress.devices import find_device
-from compress.errors import UsageError
+from compress.device_sheets import find_sheet
 from compress.facts import (
     calibration_facts,
     command_line,
@@ -51,7 +50,7 @@ from compress.passes import Context
 from compress.progress import Progress, silent
 from compress.recipe import Recipe
 from compress.registry import require_target
-from compress.remote import Device, check_devices, parse_devices
+from compress.remote import Device, check_reachable, sheet_and_devices
 from compress.repair import measure_sensitivity, repair
 from compress.report import Report
 from compress.search import search
@@ -112,7 +111,7 @@ def run(
     *,
     target: str | None = None,
     target_options: Mapping[str, Any] | None = None,
-    device: str | None = None,
+    device: str | Device | Sequence[str | Device] = (),
     bits: int | str | Sequence[int | str] | None = None,
     activation_bits: int | str | None = None,
     simulate: bool = False,
@@ -140,7 +139,6 @@ def run(
     seed: int | None = None,
     trust_pickle: bool = False,
     overwrite: bool = False,
-    devices: Sequence[str | Device] = (),
     progress: Progress = silent,
 ) -> RunResult:
     """Compress a model for a target and write the artifact.
@@ -149,8 +147,9 @@ def run(
         model: a path, a torch module, an ONNX model, or None with `factory` or a recipe.
         target: name of a registered target; "cpu", which takes the fastest runtime.
         target_options: fields of the target's dataclass, by name.
-        device: name of a device sheet (`compress.devices`); the report gets the latencies that its
-            peak rates predict.
+        device: addresses such as "ssh://user@host" or "adb://serial": the final candidates are
+            measured on each, and the first that answers decides which is fastest. Or the name of a
+            device sheet (`compress.device_sheets`), whose peak rates predict latencies.
         bits: of weights and activations: 8, 4 (weights only), 16 (bfloat16 where the CPU has it),
             "auto", or several, such as "4,8", to choose from for each operator; with `simulate`
             any format, such as 6 or "fp8".
@@ -187,14 +186,13 @@ def run(
         seed: of everything random; 0.
         trust_pickle: unpickle `model` even if that executes code.
         overwrite: replace an existing artifact.
-        devices: addresses such as "ssh://user@host" or "adb://serial"; the final candidates are
-            measured on each, and the first that answers decides which is fastest.
         progress: opens a tracker for each long step.
 
     Raises:
         CompressError: every problem that has a name; nothing is written then.
     """
     given = {name: value for name, value in locals().items() if name in SETTING_NAMES}
+    given["device"], machines = sheet_and_devices(device)
     clock = _Clock()
     read = Recipe.from_yaml(recipe) if isinstance(recipe, (str, Path)) else recipe
     settings = Settings.resolve(given, read)
@@ -212,7 +210,7 @@ def run(
         check_deferred(destination, simulate=simulate, objective=settings.objective)
     else:
         require_target(destination)
-    sheet = find_device(settings.device) if settings.device is not None else None
+    sheet = find_sheet(settings.device) if settings.device is not None else None
     with clock.phase("load"):
         original = load(
             settings.model,
@@ -222,7 +220,7 @@ def run(
         )
     directory = Path(out) if out is not None else Path(f"{original.name}-{destination.name}")
     check_workload(original, batch=settings.batch, objective=settings.objective)
-    machines = _reachable(devices, settings.objective)
+    check_reachable(machines, settings.objective)
     artifact.check_output(directory, overwrite)
     served = runtimes(destination)[:1] if simulate else runtimes(destination)
     check_half(bits if not simulate else None, served)
@@ -383,24 +381,6 @@ def _elsewhere(given: Preparation, recipe: Recipe, directory: Path, clock: _Cloc
             progress=given.progress,
         )
     return RunResult(report, directory)
-
-
-def _reachable(devices: Sequence[str | Device], objective: str) -> tuple[Device, ...]:
-    """The devices, which answer.
-
-    Raises:
-        UsageError: an address is wrong, or throughput is asked for.
-        DeviceError: one does not answer, or can run nothing.
-    """
-    found = parse_devices(devices)
-    if found and objective != "latency":
-        raise UsageError(
-            f"--device measures the latency of single requests, and --objective {objective} was "
-            f"given. Leave one of them out."
-        )
-    if found:
-        check_devices(found)
-    return found
 
 
 class _Clock:

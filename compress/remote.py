@@ -198,6 +198,25 @@ def parse_devices(texts: Sequence[str | Device]) -> tuple[Device, ...]:
     return devices
 
 
+def sheet_and_devices(
+    given: str | Device | Sequence[str | Device],
+) -> tuple[str | None, tuple[Device, ...]]:
+    """The name of a device sheet among them, and the devices that can be measured on.
+
+    Raises:
+        UsageError: there are several names, or as `parse_devices`.
+    """
+    several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+    names = [one for one in several if isinstance(one, str) and "://" not in one]
+    if len(names) > 1:
+        raise UsageError(
+            f"--device names {len(names)} device sheets: {', '.join(names)}. Give one, and any "
+            f"number of addresses such as ssh://user@host."
+        )
+    devices = parse_devices([one for one in several if one not in names])
+    return (names[0] if names else None), devices
+
+
 def check_devices(devices: Sequence[Device]) -> None:
     """See before any work whether all of them answer.
 
@@ -216,6 +235,23 @@ def check_devices(devices: Sequence[Device]) -> None:
     errors = [error for error in _at_once(devices, check, stop) if error]
     if errors:
         raise DeviceError(" ".join(errors))
+
+
+def check_reachable(devices: Sequence[Device], objective: str) -> None:
+    """As `check_devices`, for what is to be measured on them.
+
+    Raises:
+        UsageError: it is throughput.
+        DeviceError: one does not answer.
+    """
+    if not devices:
+        return
+    if objective != "latency":
+        raise UsageError(
+            f"--device measures the latency of single requests, and --objective {objective} was "
+            f"given. Leave one of them out."
+        )
+    check_devices(devices)
 
 
 def measure_on(

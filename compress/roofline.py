@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress.device import Device, Precision
+from compress.device_sheet import DeviceSheet, Precision
 from compress.errors import UnsupportedError
 from compress.graph import Site
 
@@ -50,7 +50,7 @@ class Prediction:
 
 def predict(
     sites: Sequence[Site],
-    device: Device,
+    device: DeviceSheet,
     precision: Precision = "float32",
     *,
     cores: int | None = None,
@@ -87,7 +87,7 @@ def predict(
     )
 
 
-def _peak(device: Device, precision: Precision, cores: int | None) -> float:
+def _peak(device: DeviceSheet, precision: Precision, cores: int | None) -> float:
     peak = device.peak_gmacs(precision, cores)
     if peak is None:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Device sheets hold together, and the roofline is the bound that it claims to be."""
+"""DeviceSheet sheets hold together, and the roofline is the bound that it claims to be."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.device import Device, Fact, Kind, Precision
-from compress.devices import DEVICES, find_device
+from compress.device_sheet import DeviceSheet, Fact, Kind, Precision
+from compress.device_sheets import SHEETS, find_sheet
 from compress.errors import UnsupportedError, UsageError
 from compress.graph import Site
 from compress.roofline import predict
 
-PI5 = find_device("raspberry-pi-5")
-PIXEL = find_device("pixel-8")
-sheets = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+PI5 = find_sheet("raspberry-pi-5")
+PIXEL = find_sheet("pixel-8")
+sheets = pytest.mark.parametrize("device", SHEETS, ids=lambda device: device.name)
 
 
 def site(macs: int = 0, output: tuple[int, ...] = (1, 1000), name: str = "a", **rest: Any) -> Site:
@@ -28,7 +28,7 @@ def site(macs: int = 0, output: tuple[int, ...] = (1, 1000), name: str = "a", **
 
 
 def test_names_are_those_that_users_type() -> None:
-    names = [device.name for device in DEVICES]
+    names = [device.name for device in SHEETS]
     assert len(set(names)) == len(names)
     assert all(name == name.lower() and " " not in name for name in names)
     wanted = (
@@ -38,7 +38,7 @@ def test_names_are_those_that_users_type() -> None:
 
 
 @sheets
-def test_every_fact_has_a_source_and_says_how_firm_it_is(device: Device) -> None:
+def test_every_fact_has_a_source_and_says_how_firm_it_is(device: DeviceSheet) -> None:
     for fact in device.facts().values():
         assert fact.value > 0
         assert len(fact.source) > 10
@@ -46,13 +46,13 @@ def test_every_fact_has_a_source_and_says_how_firm_it_is(device: Device) -> None
 
 
 @sheets
-def test_the_fastest_cluster_comes_first(device: Device) -> None:
+def test_the_fastest_cluster_comes_first(device: DeviceSheet) -> None:
     rates = [c.core.float32.value * c.clock_ghz.value for c in device.clusters]
     assert rates == sorted(rates, reverse=True)
 
 
 @sheets
-def test_narrow_arithmetic_is_no_slower(device: Device) -> None:
+def test_narrow_arithmetic_is_no_slower(device: DeviceSheet) -> None:
     float32, int8 = device.peak_gmacs("float32"), device.peak_gmacs("int8")
     assert float32 is not None
     assert int8 is not None
@@ -60,7 +60,7 @@ def test_narrow_arithmetic_is_no_slower(device: Device) -> None:
 
 
 @sheets
-def test_a_sheet_is_plain_values(device: Device) -> None:
+def test_a_sheet_is_plain_values(device: DeviceSheet) -> None:
     row = json.loads(json.dumps(device.to_dict()))
     assert row["name"] == device.name
     assert set(row["facts"]) == set(device.facts())
@@ -72,20 +72,20 @@ def test_peaks_are_lanes_times_pipes_times_clock_times_cores() -> None:
     assert PI5.peak_gmacs("int8") == pytest.approx(16 * 2 * 2.4 * 4)
     assert PI5.peak_gmacs("float32", 1) == pytest.approx(4 * 2 * 2.4)
     assert PI5.peak_gmacs("float32", 64) == PI5.peak_gmacs("float32")
-    gpu = find_device("jetson-orin-nano-gpu").to_dict()["peak_gops"]
+    gpu = find_sheet("jetson-orin-nano-gpu").to_dict()["peak_gops"]
     assert gpu["int8"] == pytest.approx(20e3, rel=0.03)  # dense TOPS of the data sheet
     assert gpu["float32"] == pytest.approx(1024 * 2 * 0.625)
 
 
 @pytest.mark.parametrize("name", ["Pixel 8", "PIXEL_8", " pixel-8 "])
 def test_spelling_does_not_matter(name: str) -> None:
-    assert find_device(name) is PIXEL
+    assert find_sheet(name) is PIXEL
 
 
 @pytest.mark.parametrize(("name", "close"), [("pixle-8", "pixel-8"), ("cortexa76", "cortex-a76")])
 def test_an_unknown_device_is_refused_with_the_closest(name: str, close: str) -> None:
     with pytest.raises(UsageError, match=rf"{name}.*Did you mean '{close}'\? Known: cortex-a55"):
-        find_device(name)
+        find_sheet(name)
 
 
 def test_the_larger_of_arithmetic_and_memory_counts() -> None:
@@ -118,7 +118,7 @@ def test_what_is_fused_costs_nothing_of_its_own() -> None:
 
 def test_a_missing_arithmetic_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"Raspberry Pi 4.* no float16.*int8"):
-        predict([site(macs=1)], find_device("raspberry-pi-4"), "float16")
+        predict([site(macs=1)], find_sheet("raspberry-pi-4"), "float16")
 
 
 SITES = st.lists(
@@ -132,9 +132,9 @@ SITES = st.lists(
 )
 
 
-@given(SITES, st.sampled_from(DEVICES), st.sampled_from(["float32", "int8"]), st.integers(1, 8))
+@given(SITES, st.sampled_from(SHEETS), st.sampled_from(["float32", "int8"]), st.integers(1, 8))
 def test_no_prediction_beats_a_peak(
-    sites: list[Site], device: Device, precision: Precision, cores: int
+    sites: list[Site], device: DeviceSheet, precision: Precision, cores: int
 ) -> None:
     found = predict(sites, device, precision, cores=cores)
     peak = device.peak_gmacs(precision, cores)
@@ -157,5 +157,5 @@ def test_facts_are_frozen() -> None:
 def test_the_command_lists_every_sheet(cli: Callable[..., Any]) -> None:
     shown = cli("targets", "--devices").out
     rows = json.loads(cli("targets", "--devices", "--json").out)
-    assert [row["name"] for row in rows] == [device.name for device in DEVICES]
-    assert all(device.name in shown for device in DEVICES)
+    assert [row["name"] for row in rows] == [device.name for device in SHEETS]
+    assert all(device.name in shown for device in SHEETS)

@@ -1,4 +1,4 @@
-"""Device: what a phone or board can do at most, each fact with its source."""
+"""DeviceSheet: what a phone or board can do at most, each fact with its source."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceSheet:
     """A phone, a board or a core design.
 
     Attributes:

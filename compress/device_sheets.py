@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 
-from compress.device import Cluster, Core, Device, Fact, Kind
+from compress.device_sheet import Cluster, Core, DeviceSheet, Fact, Kind
 from compress.errors import UsageError
 
 ARMV82 = ("dotprod", "fp16")
@@ -110,9 +110,9 @@ def _clusters(source: str, kind: Kind, *groups: tuple[int, Core, float]) -> tupl
     )
 
 
-def _generic(core: Core) -> Device:
+def _generic(core: Core) -> DeviceSheet:
     name = core.name.lower()
-    return Device(
+    return DeviceSheet(
         name=name,
         title=f"one {core.name} at 2 GHz",
         clusters=_clusters(_GENERIC, "unverified", (1, core, 2.0)),
@@ -121,9 +121,9 @@ def _generic(core: Core) -> Device:
     )
 
 
-DEVICES = (
+SHEETS = (
     *(_generic(core) for core in (A55, A72, A76, A78, X1)),
-    Device(
+    DeviceSheet(
         name="raspberry-pi-4",
         title="Raspberry Pi 4 Model B",
         clusters=_clusters(_PI4, "stated", (4, A72, 1.5)),
@@ -135,49 +135,49 @@ DEVICES = (
         ),
         memory_gb=Fact(4, f"{_PI4}: up to 8 GB; 4 is the usual model"),
     ),
-    Device(
+    DeviceSheet(
         name="raspberry-pi-5",
         title="Raspberry Pi 5",
         clusters=_clusters(_PI5, "stated", (4, A76, 2.4)),
         bandwidth_gb_s=Fact(17, f"{_PI5}: 32-bit LPDDR4X, up to 17GB/s"),
         memory_gb=Fact(8, "docs.zephyrproject.org, Raspberry Pi 5: 4 GB and 8 GB at launch"),
     ),
-    Device(
+    DeviceSheet(
         name="jetson-orin-nano-cpu",
         title="Jetson Orin Nano 8GB, CPU",
         clusters=_clusters(_ORIN, "unverified", (6, A78AE, 1.5)),
         bandwidth_gb_s=Fact(68, f"{_ORIN}: 128-bit LPDDR5, 68 GB/s; 102 with Super", "unverified"),
         memory_gb=Fact(8, f"{_ORIN}: 8GB 128-bit LPDDR5"),
     ),
-    Device(
+    DeviceSheet(
         name="jetson-orin-nano-gpu",
         title="Jetson Orin Nano 8GB, GPU at 625 MHz (before Super)",
         clusters=_clusters(f"{_ORIN}: 625 MHz", "stated", (8, AMPERE_SM, 0.625)),
         bandwidth_gb_s=Fact(68, f"{_ORIN}: 128-bit LPDDR5, 68 GB/s; 102 with Super", "unverified"),
         memory_gb=Fact(8, f"{_ORIN}: 8GB 128-bit LPDDR5, shared with the CPU"),
     ),
-    Device(
+    DeviceSheet(
         name="rk3588",
         title="Rockchip RK3588 boards, CPU",
         clusters=_clusters(_RK3588, "unverified", (4, A76, 2.4), (4, A55, 1.8)),
         bandwidth_gb_s=Fact(34, _RK3588, "unverified"),
         memory_gb=Fact(8, "up to 32 GB by the board; 8 assumed", "unverified"),
     ),
-    Device(
+    DeviceSheet(
         name="pixel-6",
         title="Pixel 6 (Google Tensor)",
         clusters=_clusters(_TENSOR, "unverified", (2, X1, 2.802), (2, A76, 2.253), (4, A55, 1.803)),
         bandwidth_gb_s=Fact(51.2, _LPDDR5, "unverified"),
         memory_gb=Fact(8, "of the smaller model", "unverified"),
     ),
-    Device(
+    DeviceSheet(
         name="pixel-7",
         title="Pixel 7 (Google Tensor G2)",
         clusters=_clusters(_TENSOR2, "unverified", (2, X1, 2.85), (2, A78, 2.3), (4, A55, 1.8)),
         bandwidth_gb_s=Fact(51.2, _LPDDR5, "unverified"),
         memory_gb=Fact(8, "of the smaller model", "unverified"),
     ),
-    Device(
+    DeviceSheet(
         name="pixel-8",
         title="Pixel 8 (Google Tensor G3)",
         clusters=_clusters(_TENSOR3, "unverified", (1, X3, 2.91), (4, A715, 2.37), (4, A510, 1.7)),
@@ -187,13 +187,13 @@ DEVICES = (
 )
 
 
-def find_device(name: str) -> Device:
+def find_sheet(name: str) -> DeviceSheet:
     """The sheet of one device; upper case, blanks and underscores do not matter.
 
     Raises:
         UsageError: there is none of that name.
     """
-    known = {device.name: device for device in DEVICES}
+    known = {device.name: device for device in SHEETS}
     asked = "-".join(name.lower().replace("_", " ").split())
     if asked not in known:
         close = difflib.get_close_matches(asked, known, n=1)
