@@ -287,7 +287,10 @@ def bench(
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Measure latency, several models in turns: here, or with --device on other machines."""
+    """Measure latency, several models in turns.
+
+    Here, or with --device on other machines.
+    """
     from compress import render
     from compress.side_by_side import bench as measure_all
     from compress.side_by_side import bench_on
@@ -410,7 +413,7 @@ def profile(
 
 @_command("targets", "compress targets", "compress targets --devices", "compress targets --json")
 def targets(devices: options.DeviceSheets = False, as_json: options.Json = False) -> None:
-    """List the targets and whether they work here, or the device sheets."""
+    """List the targets and whether they work here."""
     from compress import doctor, render
     from compress.device_sheets import SHEETS
 
