@@ -13,8 +13,8 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 import onnx.defs
 import onnx_ir as ir
-import onnx_ir.convenience as convenience
 
+from compress.element_types import constant_tensor
 from compress.errors import UsageError
 from compress.rewrites import Statistics
 
@@ -36,6 +36,8 @@ _LEFT_ALONE = {
     **dict.fromkeys(("GRU", "LSTM", "RNN"), "its state sums up over many steps"),
     **dict.fromkeys(("If", "Loop", "Scan"), "it has subgraphs"),
 }
+_BFLOAT16_OPSET = 22
+"""In which convolutions and poolings take bfloat16; 21 differs from it in types alone."""
 _DEVIATIONS = 6
 """Of an output from its mean, within which its values are taken to lie."""
 
@@ -66,7 +68,7 @@ def float_operators(
             f"keep_float names {', '.join(unknown)}, which the graph does not have; `compress "
             f"inspect MODEL` lists the names."
         )
-    opset = graph.opset_imports.get("", 0)
+    opset = opset_for(dtype, graph.opset_imports.get("", 0))
     reasons: dict[str, str] = {}
     for node in graph:
         name = node.name or ""
@@ -89,6 +91,12 @@ def float_operators(
     return reasons
 
 
+def opset_for(dtype: HalfType, opset: int) -> int:
+    """The opset that a model gets with the type: 22 where bfloat16 and 21 meet."""
+    older = dtype == "bfloat16" and opset == _BFLOAT16_OPSET - 1
+    return _BFLOAT16_OPSET if older else opset
+
+
 def takes(node: ir.Node, index: int, opset: int, dtype: HalfType) -> bool:
     """Whether ONNX allows a type for an input of an operator; true where it has no such input."""
     try:
@@ -104,7 +112,7 @@ def takes(node: ir.Node, index: int, opset: int, dtype: HalfType) -> bool:
 def _out_of_range(node: ir.Node, opset: int, dtype: HalfType) -> str:
     """Whether a constant overflows, or a single number becomes 0."""
     for index, value in enumerate(node.inputs):
-        tensor = convenience.get_const_tensor(value) if value is not None else None
+        tensor = constant_tensor(value)
         if tensor is None or tensor.dtype != ir.DataType.FLOAT:
             continue
         if not takes(node, index, opset, dtype):
