@@ -13,7 +13,7 @@ import onnx_ir.convenience as convenience
 
 from compress.element_types import Types, element_types, output_type
 from compress.errors import UnsupportedError
-from compress.half_limits import QUANTIZING, SMALLEST, HalfType, float_operators, takes
+from compress.half_limits import QUANTIZING, SMALLEST, HalfType, float_operators, opset_for, takes
 from compress.rewrites import Statistics, new_constant, remove_unused
 
 _ARITHMETIC = frozenset((
@@ -23,10 +23,8 @@ _ARITHMETIC = frozenset((
 """What sizes and positions are computed with; above 2048 float16 does not count in ones."""
 _SCALE_ERROR = 2.0**-8
 """Largest relative error of a scale: half a step of 8 bits at the end of the range."""
-_LEAST_OPSET = 19
-"""In which QuantizeLinear and DequantizeLinear take scales in half precision."""
-_BFLOAT16_OPSET = 22
-"""In which convolutions and poolings take bfloat16; 21 differs from it in types alone."""
+_LEAST_OPSET = {"float16": 19, "bfloat16": 22}
+"""In which scales of Q/DQ take the type; for bfloat16 that of convolutions, too."""
 
 
 def to_half(
@@ -69,11 +67,9 @@ def to_half(
 
 def _check_opset(model: ir.Model, dtype: HalfType) -> None:
     """Raise opset 21 to 22 where bfloat16 needs it; refuse what is too old."""
-    opset = model.opset_imports.get("", 0)
-    if dtype == "bfloat16" and opset == _BFLOAT16_OPSET - 1:
-        opset = model.opset_imports[""] = _BFLOAT16_OPSET
+    opset = model.opset_imports[""] = opset_for(dtype, model.opset_imports.get("", 0))
     pairs = any(node.op_type in QUANTIZING for node in model.graph)
-    least = _BFLOAT16_OPSET if dtype == "bfloat16" else _LEAST_OPSET if pairs else 0
+    least = _LEAST_OPSET.get(dtype, 0) if pairs or dtype == "bfloat16" else 0
     if opset < least:
         raise UnsupportedError(
             f"The model has ONNX opset {opset}, and {dtype} needs {least}: before, operators and "

@@ -36,6 +36,8 @@ _LEFT_ALONE = {
     **dict.fromkeys(("GRU", "LSTM", "RNN"), "its state sums up over many steps"),
     **dict.fromkeys(("If", "Loop", "Scan"), "it has subgraphs"),
 }
+_BFLOAT16_OPSET = 22
+"""In which convolutions and poolings take bfloat16; 21 differs from it in types alone."""
 _DEVIATIONS = 6
 """Of an output from its mean, within which its values are taken to lie."""
 
@@ -66,7 +68,7 @@ def float_operators(
             f"keep_float names {', '.join(unknown)}, which the graph does not have; `compress "
             f"inspect MODEL` lists the names."
         )
-    opset = graph.opset_imports.get("", 0)
+    opset = opset_for(dtype, graph.opset_imports.get("", 0))
     reasons: dict[str, str] = {}
     for node in graph:
         name = node.name or ""
@@ -87,6 +89,12 @@ def float_operators(
             if np.any(np.abs(mean) + _DEVIATIONS * deviation > LARGEST[dtype]):
                 reasons[name] = f"its outputs may overflow in {dtype}"
     return reasons
+
+
+def opset_for(dtype: HalfType, opset: int) -> int:
+    """The opset that a model gets with the type: 22 where bfloat16 and 21 meet."""
+    older = dtype == "bfloat16" and opset == _BFLOAT16_OPSET - 1
+    return _BFLOAT16_OPSET if older else opset
 
 
 def takes(node: ir.Node, index: int, opset: int, dtype: HalfType) -> bool:
