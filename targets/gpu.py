@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,6 +77,12 @@ FEATURES: Final = (
 def features(gpu: Gpu) -> dict[str, Feature]:
     """What a GPU has, by name."""
     return {one.name: one for one in FEATURES if gpu.compute_capability >= one.since}
+
+
+def channel_multiple(gpu: Gpu, precisions: Iterable[str]) -> int:
+    """The multiple of channels that uses the GPU fully in all of these precisions."""
+    has = features(gpu)
+    return math.lcm(*(has[name].multiple for name in precisions if name in has))
 
 
 @functools.cache
