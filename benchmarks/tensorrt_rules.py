@@ -94,7 +94,8 @@ def agreement(model: ir.Model, inputs: Arrays, expected: Arrays) -> dict[str, fl
     """Signal over noise of the worst output; nothing where ONNX Runtime's CPU lacks the type."""
     if model.opset_imports[""] != OPSET:  # bfloat16
         return {}
-    got = run(reference_session(model, optimize=True), inputs)
+    # As written: optimized, ONNX Runtime 1.31 loses 9 dB of ResNet-18 with Q/DQ in float16.
+    got = run(reference_session(model), inputs)
     noise = [
         np.square(array, dtype=np.float64).sum()
         / max(np.square(array - got[name], dtype=np.float64).sum(), 1e-30)

@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.convenience as convenience
 
-from compress.element_types import Types, element_types, output_type
+from compress.element_types import Types, constant_tensor, element_types, output_type
 from compress.errors import UnsupportedError
 from compress.half_limits import QUANTIZING, SMALLEST, HalfType, float_operators, opset_for, takes
 from compress.rewrites import Statistics, new_constant, remove_unused
@@ -179,10 +178,7 @@ class _Typer:
 
     def widen(self, node: ir.Node) -> None:
         """Give weights in the file scales that the type holds: those of dead channels are tiny."""
-        integers, scale = (
-            convenience.get_const_tensor(value) if value is not None else None
-            for value in node.inputs[:2]
-        )
+        integers, scale = (constant_tensor(value) for value in node.inputs[:2])
         if integers is None or scale is None or len(scale.shape) > 1:
             return
         old = scale.numpy().astype(np.float64)
@@ -201,7 +197,7 @@ class _Typer:
 
     def holds(self, scale: ir.Value) -> bool:
         """Whether the type can hold the scales well enough."""
-        tensor = convenience.get_const_tensor(scale)
+        tensor = constant_tensor(scale)
         if tensor is None:
             return False
         numbers = tensor.numpy().astype(np.float64)

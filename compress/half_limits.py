@@ -13,8 +13,8 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 import onnx.defs
 import onnx_ir as ir
-import onnx_ir.convenience as convenience
 
+from compress.element_types import constant_tensor
 from compress.errors import UsageError
 from compress.rewrites import Statistics
 
@@ -112,7 +112,7 @@ def takes(node: ir.Node, index: int, opset: int, dtype: HalfType) -> bool:
 def _out_of_range(node: ir.Node, opset: int, dtype: HalfType) -> str:
     """Whether a constant overflows, or a single number becomes 0."""
     for index, value in enumerate(node.inputs):
-        tensor = convenience.get_const_tensor(value) if value is not None else None
+        tensor = constant_tensor(value)
         if tensor is None or tensor.dtype != ir.DataType.FLOAT:
             continue
         if not takes(node, index, opset, dtype):

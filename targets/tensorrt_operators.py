@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 import onnx_ir as ir
-import onnx_ir.convenience as convenience
 
+from compress.element_types import constant_tensor
 from compress.rewrites import constant_array
 
 OPERATORS: Final = "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md"
@@ -53,7 +53,7 @@ def restriction(node: ir.Node) -> str:
         return _resize(node)
     if op.startswith("Reduce") and len(node.inputs) > 1:
         axes = node.inputs[1]
-        if axes is not None and convenience.get_const_tensor(axes) is None:
+        if axes is not None and constant_tensor(axes) is None:
             return "its axes must be an initializer"
     if op == "LayerNormalization" and any(out.uses() for out in node.outputs[1:]):
         return "only its first output is supported"

@@ -71,10 +71,12 @@ def check(model: ir.Model, *, version: str = "10") -> tuple[Violation, ...]:
     Raises:
         UsageError: there are no rules for this version.
     """
-    network = Network(model, _major(version))
+    major = _major(version)
+    networks = [Network(model, graph, major) for graph in (model.graph, *model.graph.subgraphs())]
     found = [
         Violation(rule.id, _name(node), _sentence(node, sentence), rule.source, rule.severity)
         for rule in RULES
+        for network in networks
         for node, sentence in rule.find(network)
     ]
     order = ("error", "performance", "note")
@@ -105,7 +107,7 @@ def _sentence(node: ir.Node | None, sentence: str) -> str:
 
 def _opset(network: Network) -> Found:
     last = LAST_OPSET[network.major]
-    if not FIRST_OPSET <= network.opset <= last:
+    if network.outermost and not FIRST_OPSET <= network.opset <= last:
         yield (
             None,
             f"The model has ONNX opset {network.opset}; TensorRT {network.major} reads "
@@ -115,20 +117,20 @@ def _opset(network: Network) -> Found:
 
 def _domain(network: Network) -> Found:
     functions = {(domain, name) for domain, name, _ in network.model.functions}
-    for node in network.graph.all_nodes():
+    for node in network.graph:
         known = (node.domain, node.op_type) in functions
         if node.domain not in ("", "ai.onnx") and not known:
             yield node, f"it belongs to {node.domain}, not to ONNX; TensorRT needs a plugin for it."
 
 
 def _operator(network: Network) -> Found:
-    for node in network.graph.all_nodes():
+    for node in network.graph:
         if node.domain in ("", "ai.onnx") and node.op_type not in SUPPORTED:
             yield node, "TensorRT's parser does not have this operator."
 
 
 def _form(network: Network) -> Found:
-    for node in network.graph.all_nodes():
+    for node in network.graph:
         if node.domain in ("", "ai.onnx") and (reason := restriction(node)):
             yield node, f"{reason}."
 
@@ -174,7 +176,7 @@ def _rank(network: Network) -> Found:
 
 
 def _dynamic_shape(network: Network) -> Found:
-    for value in network.graph.inputs:
+    for value in network.graph.inputs if network.outermost else ():
         if -1 in (sizes(value) or ()):
             yield (
                 None,

@@ -329,6 +329,9 @@ def test_int4_weights_are_blocked(onnx_model: Callable[..., Model]) -> None:
     assert weight.inputs[0].dtype == ir.DataType.INT4
     got = run(reference_session(done.graph_model), inputs)
     assert sqnr_db(expected, got) > 12
+    half = to_half(done.graph_model)
+    assert broken(half) == []
+    assert sqnr_db(got, evaluate(half, inputs)) > 45
 
 
 def test_int4_is_refused_where_no_layer_takes_it(onnx_model: Callable[..., Model]) -> None:
