@@ -44,7 +44,7 @@ def judge(one: Building, comparison: Comparison, earlier: Mapping[str, Any]) -> 
 
     Without evaluation data the verdicts of the simulation, in the earlier report, stand.
     """
-    limits, base = one.sheet.limits, one.baseline
+    limits, base = one.limits, one.baseline
     sites = graph_sites(one.models[base].graph_model)
     simulated = {row["name"]: row for row in earlier["candidates"]}
     order = sorted(comparison.ratios, key=lambda name: -comparison.ratios[name].value)
@@ -111,7 +111,7 @@ def _latency(one: Building, comparison: Comparison) -> dict[str, Any]:
 
 def report(one: Building, measured: Measured, earlier: Mapping[str, Any]) -> Report:
     """The earlier report, completed with what the engines measured."""
-    decision = choose(measured, one.sheet.limits)
+    decision = choose(measured, one.limits)
     chosen = measured.built(decision.chosen)
     machine = this_machine()
     narrow = chosen if decision.chosen != one.baseline else measured.all[-1]
@@ -126,7 +126,7 @@ def report(one: Building, measured: Measured, earlier: Mapping[str, Any]) -> Rep
         met=decision.met,
         built=True,
         chosen=decision.chosen,
-        budget=one.sheet.limits.to_dict(),
+        budget=one.limits.to_dict(),
         candidates=tuple(built.candidate for built in measured.all),
         sites=site_rows(sites, narrow.engine.kernels(), reasons(narrow.variant.model)),
         gap=_gap(one, chosen),

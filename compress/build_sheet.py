@@ -12,7 +12,6 @@ from typing import Any
 from compress import artifact
 from compress.candidates import Limits
 from compress.errors import CompressError, LoadError
-from compress.max_drop import parse_max_drop
 
 NAME = "build.json"
 VERSION = 1
@@ -65,12 +64,6 @@ class BuildSheet:
     evaluation: Mapping[str, Any]
     how: Mapping[str, Any]
 
-    @property
-    def limits(self) -> Limits:
-        """The budget."""
-        limit = parse_max_drop(self.max_drop) if self.max_drop is not None else None
-        return Limits(limit, self.min_speedup)
-
     def to_text(self) -> str:
         """The file's text."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1)
@@ -121,7 +114,7 @@ def _sheet(values: dict[str, Any]) -> BuildSheet:
         raise ValueError("a value is not what it must be")
     if any(entry.file not in entry.sha256 for entry in entries):
         raise ValueError("a candidate has no hash")
-    _ = sheet.limits
+    Limits.parse(sheet.max_drop, sheet.min_speedup, evaluated=True)
     return sheet
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from compress import artifact, build_report, build_sheet
 from compress.build_sheet import BuildSheet
 from compress.built_engines import Building, build_engines, measure_engines
+from compress.candidates import Limits
 from compress.data import Layout
 from compress.errors import LoadError, UnsupportedError
 from compress.loading import load
@@ -29,6 +30,8 @@ def build(
     layout: Layout = "auto",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    max_drop: str | float | None = None,
+    min_speedup: float | None = None,
     seconds: float | None = None,
     seed: int | None = None,
     progress: Progress = silent,
@@ -45,12 +48,15 @@ def build(
         layout: of image data.
         mean: per channel, subtracted after scaling to 0..1.
         std: per channel, divided by.
+        max_drop: largest loss; as the run said, or 1 %.
+        min_speedup: smallest speed-up over the original; as the run said.
         seconds: of the latency measurement; as the run said.
         seed: of everything random; as the run said.
         progress: opens trackers.
 
     Raises:
         LoadError: it is no such directory, damaged, or a file was changed.
+        UsageError: a budget that makes no sense.
         UnsupportedError: engines cannot be built on this machine.
         EngineError: the original cannot be built.
     """
@@ -70,9 +76,19 @@ def build(
     evaluator = None
     if evaluate is not None:
         evaluator = resolve_evaluator(evaluate, original.inputs, layout=layout, mean=mean, std=std)
+    drop = sheet.max_drop if max_drop is None and evaluator is not None else max_drop
+    faster = sheet.min_speedup if min_speedup is None else min_speedup
     data = evaluator.data if evaluator is not None else None
-    workload = make_workload(original, data, batch=sheet.batch, objective="latency", threads=1)
-    one = Building(directory, sheet, target, evaluator, progress, models, workload)
+    one = Building(
+        directory,
+        sheet,
+        target,
+        evaluator,
+        Limits.parse(drop, faster, evaluator is not None),
+        progress,
+        models,
+        make_workload(original, data, batch=sheet.batch, objective="latency", threads=1),
+    )
     build_engines(one)
     measured = build_report.judge(one, measure_engines(one), earlier)
     report = build_report.write(one, build_report.report(one, measured, earlier))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from compress import artifact
 from compress.build_sheet import BuildSheet, Entry
+from compress.candidates import Limits
 from compress.data import Data
 from compress.errors import EngineError, LoadError
 from compress.latency import Comparison, measure
@@ -39,6 +40,7 @@ class Building:
         target: that builds.
         workload: what is timed.
         evaluator: judges, or None.
+        limits: the budget.
         progress: opens trackers.
         models: by name, the original first.
         engines: by name.
@@ -50,6 +52,7 @@ class Building:
     sheet: BuildSheet
     target: BuiltElsewhere
     evaluator: Evaluator | None
+    limits: Limits
     progress: Progress
     models: dict[str, Model]
     workload: Workload

@@ -485,6 +485,20 @@ def test_a_candidate_that_cannot_be_built_costs_itself(
     assert "npu float16 failed: There are no halves." in report["headline"]
 
 
+def test_the_budget_can_be_given_when_it_is_built(
+    cli: Cli, unbuilt: Path, npu: Path, tiny_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPU", "here")
+    given = ("build", unbuilt, "--seconds", 0.5)
+    refused = cli(*given, "--max-drop", "1%")
+    assert refused.code == USAGE
+    assert "--eval" in refused.err
+    assert not npu.exists()
+    budget = ("--max-drop", "2%", "--min-speedup", 900)
+    assert cli(*given, "--eval", tiny_images, *budget).code == NOT_MET
+    assert report_of(unbuilt)["budget"] == {"max_drop": "2%", "min_speedup": 900}
+
+
 def test_where_the_hardware_is_run_builds_at_once(
     cli: Cli,
     npu: Path,
