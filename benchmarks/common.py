@@ -31,6 +31,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "openvino",
+    "executorch",
     "nncf",
     "numpy",
 )

@@ -65,6 +65,7 @@ PACKAGES = (
     "onnxscript",
     "numpy",
     "openvino",
+    "executorch",
     "nncf",
 )
 CACHE = Path("~/.cache/hwcompress")

@@ -55,6 +55,8 @@ def _lower(name: str, graph_model: ir.Model, inputs: tuple[TensorSpec, ...]) -> 
     edge = exir.to_edge_transform_and_lower(
         exported, partitioner=[partitioner.XnnpackPartitioner()]
     )
+    # Before the program is made, which adds nodes for its memory.
+    operators = tuple(_operators(edge.exported_program().graph_module))
     specs = {spec.name: spec for spec in inputs}
     graph, dynamic = graph_model.graph, any(spec.dynamic_batch for spec in inputs)
     return Program(
@@ -63,7 +65,7 @@ def _lower(name: str, graph_model: ir.Model, inputs: tuple[TensorSpec, ...]) -> 
         inputs=tuple(specs[v.name or ""] for v in graph.inputs if v.name in specs),
         outputs=tuple(value.name or "" for value in graph.outputs),
         batched=tuple(v.name or "" for v in graph.outputs if dynamic and _has_rows(v)),
-        operators=tuple(_operators(edge.exported_program().graph_module)),
+        operators=operators,
     )
 
 

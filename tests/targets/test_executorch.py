@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import compress
 from compress.candidates import int8_share
 from compress.data import load_data
 from compress.errors import EngineError, LoadError, OutputError
@@ -250,6 +251,28 @@ def test_what_torch_lacks_is_an_engine_error(onnx_model: Build) -> None:
     model = onnx_model("g (float[batch,4] x) => (float[batch,4] y) { [n] y = Shrink(x) }")
     with pytest.raises(EngineError, match=r"ExecuTorch .* refuses the model: .* it has Shrink"):
         ONE.build(model)
+
+
+@installed
+def test_a_run_leaves_a_program_and_says_what_is_delegated(
+    cli: Callable[..., Any], tiny_onnx: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quick = ("--threads", 1, "--time", 0, "--seconds", 0.5, "--out", out)
+    ran = cli("run", tiny_onnx, "--target", "executorch", "--calibration", tiny_images, *quick)
+    assert ran.code in (0, 1), ran.err
+    report = json.loads((out / "report.json").read_text())
+    assert {"model.pte", "model.json"} <= set(report["files"])
+    assert {row["name"]: row["failure"] for row in report["tried"]} == {
+        "float32": "",
+        "executorch int8": "",
+    }
+    said = " ".join(report["headline"])
+    assert "XNNPACK executes 100 % of the multiply-accumulates" in said
+    assert "nothing is left to others." in said
+    assert "not verified on a device" in said
+    x = np.zeros((2, 3, 8, 8), np.float32)
+    assert compress.load(out)({"x": x})["y"].shape == (2, 4)
 
 
 QUIET = """
