@@ -97,8 +97,8 @@ def _profilers(target: Target) -> list[Target]:
     found = [one for one in runtimes(target) if one.capabilities.profiler]
     if not found:
         raise UnsupportedError(
-            f"Target {target.name} does not tell the time of each kernel; `compress bench` measures "
-            f"the latency of the whole."
+            f"Target {target.name} does not tell the time of each kernel; `compress bench` "
+            f"measures the latency of the whole."
         )
     return found
 

@@ -7,7 +7,7 @@ runs in int8; the quantization behind it saturates, so an activation that the gr
 exact. uint8 becomes int8 by subtracting 128, exactly.
 
 What XNNPACK lacks is written as what it has, with equal numbers: a Slice with steps in height and
-width as a depthwise convolution by one, a Split as slices.
+width as a depthwise convolution by one, a Split as slices, a Squeeze as a reshape.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _SAME_SCALE = (
     "Unsqueeze",
 )  # fmt: skip
 """What moves integers, so that XNNPACK wants one scale for what it reads and writes."""
+_RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 
 def to_program(graph_model: ir.Model, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
@@ -288,6 +289,8 @@ class _Lowering:
             self.values[out] = self._slice(step)
         elif step.op == "Split":
             self.values |= self._split(step)
+        elif step.op in _RESHAPES:
+            self.values[out] = self._read(step, step.inputs[0]).reshape(self.shapes[out])
         elif not on_integers:
             self.values |= self._compute(step)
 
