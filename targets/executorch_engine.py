@@ -146,12 +146,10 @@ class ExecuTorchEngine:
         Raises:
             EngineError: they are not what the program takes.
         """
-        sizes = {len(inputs[s.name]) for s in self.inputs if s.dynamic_batch and s.name in inputs}
-        batch = min(sizes, default=1)
-        got = {
-            name: (*np.shape(array), str(np.asarray(array).dtype)) for name, array in inputs.items()
-        }
-        wanted = {spec.name: (*spec.concrete(batch), spec.dtype) for spec in self.inputs}
+        got = {name: (np.shape(array), np.asarray(array).dtype) for name, array in inputs.items()}
+        rows = [got[s.name][0][:1] for s in self.inputs if s.dynamic_batch and s.name in got]
+        batch = rows[0][0] if rows and rows[0] else 1
+        wanted = {s.name: (s.concrete(batch), np.dtype(s.dtype)) for s in self.inputs}
         if got != wanted or batch < 1:
             raise EngineError(
                 f"ExecuTorch failed while running the model: it takes {wanted}, and it was given "
