@@ -77,6 +77,7 @@ PACKAGES = (
     "onnxscript",
     "numpy",
     "openvino",
+    "executorch",
     "nncf",
     "torchao",
 )

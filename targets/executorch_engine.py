@@ -53,8 +53,13 @@ def _lower(name: str, graph_model: ir.Model, inputs: tuple[TensorSpec, ...]) -> 
     exir = imported("executorch.exir")
     imported("executorch.kernels.quantized")  # registers the forms of Q/DQ that programs call
     edge = exir.to_edge_transform_and_lower(
-        exported, partitioner=[partitioner.XnnpackPartitioner()]
+        exported,
+        partitioner=[partitioner.XnnpackPartitioner()],
+        # Operators beyond the core set run in portable kernels; what has none is refused later.
+        compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
     )
+    # Before the program is made, which adds nodes for its memory.
+    operators = tuple(_operators(edge.exported_program().graph_module))
     specs = {spec.name: spec for spec in inputs}
     graph, dynamic = graph_model.graph, any(spec.dynamic_batch for spec in inputs)
     return Program(
@@ -63,7 +68,7 @@ def _lower(name: str, graph_model: ir.Model, inputs: tuple[TensorSpec, ...]) -> 
         inputs=tuple(specs[v.name or ""] for v in graph.inputs if v.name in specs),
         outputs=tuple(value.name or "" for value in graph.outputs),
         batched=tuple(v.name or "" for v in graph.outputs if dynamic and _has_rows(v)),
-        operators=tuple(_operators(edge.exported_program().graph_module)),
+        operators=operators,
     )
 
 
@@ -141,12 +146,10 @@ class ExecuTorchEngine:
         Raises:
             EngineError: they are not what the program takes.
         """
-        sizes = {len(inputs[s.name]) for s in self.inputs if s.dynamic_batch and s.name in inputs}
-        batch = min(sizes, default=1)
-        got = {
-            name: (*np.shape(array), str(np.asarray(array).dtype)) for name, array in inputs.items()
-        }
-        wanted = {spec.name: (*spec.concrete(batch), spec.dtype) for spec in self.inputs}
+        got = {name: (np.shape(array), np.asarray(array).dtype) for name, array in inputs.items()}
+        rows = [got[s.name][0][:1] for s in self.inputs if s.dynamic_batch and s.name in got]
+        batch = rows[0][0] if rows and rows[0] else 1
+        wanted = {s.name: (s.concrete(batch), np.dtype(s.dtype)) for s in self.inputs}
         if got != wanted or batch < 1:
             raise EngineError(
                 f"ExecuTorch failed while running the model: it takes {wanted}, and it was given "

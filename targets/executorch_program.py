@@ -7,19 +7,17 @@ runs in int8; the quantization behind it saturates, so an activation that the gr
 exact. uint8 becomes int8 by subtracting 128, exactly.
 
 What XNNPACK lacks is written as what it has, with equal numbers: a Slice with steps in height and
-width as a depthwise convolution by one, a Split as slices.
+width as a depthwise convolution by one, a Split as slices, a Squeeze as a reshape.
 """
 
 from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,9 +28,22 @@ from compress.model import TensorSpec
 from compress.torch_graph.network import Network, Step, to_torch
 from compress.torch_graph.operators import Attributes
 from targets.executorch_files import SITE
+from targets.executorch_formats import (
+    DEQUANTIZE,
+    HIGH,
+    LOW,
+    QUANTIZE,
+    Grid,
+    Stored,
+    by_one,
+    dequantize_linear,
+    grid_of,
+    limited,
+    quantize_linear,
+    shift_of,
+    stored_of,
+)
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-_LOW, _HIGH = -128, 127
 _MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _IN_INT8 = (*_MULTIPLIES, "Add", "Mul", "Sub")
 """What reads constants in int8, where it computes in int8."""
@@ -41,6 +52,7 @@ _SAME_SCALE = (
     "Unsqueeze",
 )  # fmt: skip
 """What moves integers, so that XNNPACK wants one scale for what it reads and writes."""
+_RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 
 def to_program(graph_model: ir.Model, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
@@ -54,7 +66,7 @@ def to_program(graph_model: ir.Model, inputs: Sequence[TensorSpec]) -> torch.exp
     Raises:
         UnsupportedError: a format or an operator has no such form.
     """
-    network = Network(graph_model, {QUANTIZE: _quantize_linear, DEQUANTIZE: _dequantize_linear})
+    network = Network(graph_model, {QUANTIZE: quantize_linear, DEQUANTIZE: dequantize_linear})
     zeros = {spec.name: np.zeros(spec.concrete(), spec.dtype) for spec in inputs}
     arguments = tuple(to_torch(zeros)[name] for name in network.inputs)
     with torch.no_grad(), preserve_node_meta():
@@ -120,8 +132,8 @@ def _separate_pads(graph: torch.fx.Graph) -> None:
 
 def _called(node: torch.fx.Node) -> str:
     """Name of the operator that a node calls, without library and overload."""
-    is_call = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return node.target._opname if is_call else ""
+    target = node.target if node.op == "call_function" else None
+    return target._opname if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def _reads_int8(node: torch.fx.Node) -> bool:
@@ -130,53 +142,6 @@ def _reads_int8(node: torch.fx.Node) -> bool:
         return True
     weight = node.args[1] if _called(node) in ("conv1d", "conv2d") else None
     return isinstance(weight, torch.fx.Node) and "dequantize" in _called(weight)
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Scale and zero point of an activation, as int8."""
-
-    scale: float
-    zero_point: int
-
-    def quantize(self, x: Tensor) -> Tensor:
-        quantize_per_tensor = torch.ops.quantized_decomposed.quantize_per_tensor
-        result: Tensor = quantize_per_tensor(x, *self._numbers)
-        return result
-
-    def dequantize(self, integers: Tensor) -> Tensor:
-        dequantize_per_tensor = torch.ops.quantized_decomposed.dequantize_per_tensor
-        result: Tensor = dequantize_per_tensor(integers, *self._numbers)
-        return result
-
-    @property
-    def _numbers(self) -> tuple[float, int, int, int, torch.dtype]:
-        return self.scale, self.zero_point, _LOW, _HIGH, torch.int8
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A constant in int8: numbers, scales and zero points, and the axis of several."""
-
-    integers: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    axis: int | None = None
-
-    def transposed(self) -> _Stored:
-        """A matrix the other way round."""
-        axis = None if self.axis is None else 1 - self.axis
-        integers = self.integers.T.contiguous()
-        return _Stored(integers, self.scale, self.zero_point, axis)
-
-    def read(self) -> Tensor:
-        """The float values."""
-        if self.axis is None:
-            return _Grid(float(self.scale), int(self.zero_point)).dequantize(self.integers)
-        numbers = (self.scale, self.zero_point, self.axis, _LOW, _HIGH, torch.int8)
-        dequantize_per_channel = torch.ops.quantized_decomposed.dequantize_per_channel
-        result: Tensor = dequantize_per_channel(self.integers, *numbers)
-        return result
 
 
 class _Lowering:
@@ -199,16 +164,16 @@ class _Lowering:
         self.makers = {out: step for step in network.steps for out in step.outputs}
         self.values: dict[str, Tensor] = {}
         self.integers: dict[str, Tensor] = {}
-        self.grids: dict[str, _Grid] = {}
-        self.constants: dict[tuple[str, str], Tensor | _Stored] = {}
-        self.ones: dict[str, Tensor | _Stored] = {}
+        self.grids: dict[str, Grid] = {}
+        self.constants: dict[tuple[str, str], Tensor | Stored] = {}
+        self.ones: dict[str, Tensor | Stored] = {}
         self.linear = {step.name for step in network.steps if self._is_linear(step)}
         for step in network.steps:
             if step.op == QUANTIZE and step.outputs[0] not in known:
-                self.grids[step.outputs[0]] = _grid(step, known)
+                self.grids[step.outputs[0]] = grid_of(step, known)
             elif step.op == "Slice" and any(cut.step > 1 for cut in self._cuts(step)):
                 ones = torch.ones((shapes[step.inputs[0]][1], 1, 1, 1))
-                self.ones[step.name] = _by_one(len(ones)) if self._in_int8(step) else ones
+                self.ones[step.name] = by_one(len(ones)) if self._in_int8(step) else ones
             elif step.op in _IN_INT8:
                 self._prepare(step)
 
@@ -219,7 +184,7 @@ class _Lowering:
             if name not in self.known:
                 continue
             maker, constant = self.makers.get(name), self.known[name]
-            found = _stored(maker, self.known) if in_int8 and maker is not None else None
+            found = stored_of(maker, self.known) if in_int8 and maker is not None else None
             if index == 1 and step.name in self.linear and not step.attributes.get("transB", 0):
                 self.constants[step.name, name] = (
                     found.transposed() if found is not None else constant.T.contiguous()
@@ -266,7 +231,7 @@ class _Lowering:
         """The outputs."""
         self.values = dict(zip(self.network.inputs, inputs, strict=True))
         for step in self.network.steps:
-            if any(name not in self.known | self.integers for name in step.outputs):
+            if any(n not in self.known and n not in self.integers for n in step.outputs):
                 with annotate({SITE: step.name}):
                     self._step(step)
         return tuple(self._read(None, name) for name in self.network.outputs)
@@ -282,12 +247,14 @@ class _Lowering:
             self._quantize(step)
         elif on_integers and step.op == "Clip":
             grid = self.grids[step.inputs[0]]
-            x = _limited(grid.dequantize(self.integers[step.inputs[0]]), self._limits(step), grid)
+            x = limited(grid.dequantize(self.integers[step.inputs[0]]), self._limits(step), grid)
             self._keep(out, grid.quantize(x), grid)
         elif step.op == "Slice" and self._cuts(step):
             self.values[out] = self._slice(step)
         elif step.op == "Split":
             self.values |= self._split(step)
+        elif step.op in _RESHAPES:
+            self.values[out] = self._read(step, step.inputs[0]).reshape(self.shapes[out])
         elif not on_integers:
             self.values |= self._compute(step)
 
@@ -321,12 +288,10 @@ class _Lowering:
         if step is None or step.op not in _SAME_SCALE or not self._in_int8(step):
             return x
         reader = self._only_reader(step)
-        grid = (
-            self.grids[reader.outputs[0]] if reader is not None and reader.op == QUANTIZE else None
-        )
-        if grid is None or grid == self.grids[source]:
+        if reader is None or reader.op != QUANTIZE:
             return x
-        return grid.dequantize(grid.quantize(x))
+        grid = self.grids[reader.outputs[0]]
+        return x if grid == self.grids[source] else grid.dequantize(grid.quantize(x))
 
     def _quantize(self, step: Step) -> None:
         """Quantize; limits that follow are kept before, where a product's kernel keeps them."""
@@ -335,19 +300,19 @@ class _Lowering:
         reader = self._only_reader(step)
         fuses = maker is not None and maker.op in _MULTIPLIES and self._only_reader(maker) is step
         if fuses and reader is not None and reader.op == "Clip":
-            x = _limited(x, self._limits(reader), grid)
+            x = limited(x, self._limits(reader), grid)
             self._keep(reader.outputs[0], grid.quantize(x), grid)
         if reader is None or reader.outputs[0] not in self.integers:
             self._keep(out, grid.quantize(x), grid)
 
-    def _keep(self, name: str, integers: Tensor, grid: _Grid) -> None:
+    def _keep(self, name: str, integers: Tensor, grid: Grid) -> None:
         self.integers[name], self.grids[name] = integers, grid
 
     def _limits(self, step: Step) -> tuple[int, int]:
         """The bounds of a Clip of integers, as int8."""
         bounds = [self.known[name] if name else None for name in step.inputs[1:3]]
-        low, high = (None if b is None else int(b) - _shift(b.dtype) for b in (*bounds, None)[:2])
-        return _LOW if low is None else low, _HIGH if high is None else high
+        low, high = (None if b is None else int(b) - shift_of(b.dtype) for b in (*bounds, None)[:2])
+        return LOW if low is None else low, HIGH if high is None else high
 
     def _cuts(self, step: Step) -> tuple[range, ...]:
         """For each axis what a Slice takes; none where that has another form."""
@@ -375,7 +340,7 @@ class _Lowering:
                 x, cut = x.narrow(axis, taken[0], taken[-1] + 1 - taken[0]), True
         if step.name not in self.ones:
             return x
-        if cut and isinstance(self.ones[step.name], _Stored):
+        if cut and isinstance(self.ones[step.name], Stored):
             grid = self.grids[self.makers[step.inputs[0]].inputs[0]]
             x = grid.dequantize(grid.quantize(x))
         strides = [taken.step for taken in cuts[2:]]
@@ -390,23 +355,8 @@ class _Lowering:
         return parts
 
 
-def _floats(constant: Tensor | _Stored) -> Tensor:
-    return constant.read() if isinstance(constant, _Stored) else constant
-
-
-def _by_one(channels: int) -> _Stored:
-    """The weights of a depthwise convolution that changes no integer."""
-    ones = torch.ones((channels, 1, 1, 1), dtype=torch.int8)
-    return _Stored(ones, torch.ones(channels), torch.zeros(channels, dtype=torch.int64), 0)
-
-
-def _limited(x: Tensor, limits: tuple[int, int], grid: _Grid) -> Tensor:
-    """The floats of integers within limits."""
-    low, high = limits
-    if low == grid.zero_point and high >= _HIGH:
-        return F.relu(x)
-    bounds = [(limit - grid.zero_point) * grid.scale for limit in limits]
-    return F.hardtanh(x, *bounds)
+def _floats(constant: Tensor | Stored) -> Tensor:
+    return constant.read() if isinstance(constant, Stored) else constant
 
 
 def _linear(
@@ -423,71 +373,3 @@ def _clip(
     if low is None or high is None:
         return torch.clamp(x, low, high)
     return F.hardtanh(x, float(low), float(high))
-
-
-def _quantize_linear(
-    attributes: Attributes, x: Tensor, scale: Tensor, zero_point: Tensor | None = None
-) -> Tensor:
-    """QuantizeLinear, to learn shapes and constants."""
-    dtype = torch.uint8 if zero_point is None else zero_point.dtype
-    info = torch.iinfo(dtype)
-    scale, zero = _spread(attributes, x, scale), _spread(attributes, x, zero_point)
-    return torch.clamp(torch.round(x / scale) + zero, info.min, info.max).to(dtype)
-
-
-def _dequantize_linear(
-    attributes: Attributes, x: Tensor, scale: Tensor, zero_point: Tensor | None = None
-) -> Tensor:
-    """DequantizeLinear, to learn shapes and constants."""
-    scale, zero = _spread(attributes, x, scale), _spread(attributes, x, zero_point)
-    return (x.to(torch.float64) - zero).to(torch.float32) * scale
-
-
-def _spread(attributes: Attributes, x: Tensor, numbers: Tensor | None) -> Tensor:
-    """Scales or zero points along their axis."""
-    if numbers is None:
-        return torch.zeros(())
-    if numbers.ndim > 1 or attributes.get("block_size", 0):
-        raise UnsupportedError("Quantization in blocks has no counterpart in int8 programs.")
-    if numbers.numel() == 1:
-        return numbers.reshape(())
-    shape = [1] * x.ndim
-    shape[attributes.get("axis", 1)] = -1
-    return numbers.reshape(shape)
-
-
-def _grid(step: Step, known: Mapping[str, Tensor]) -> _Grid:
-    """The int8 grid of a QuantizeLinear.
-
-    Raises:
-        UnsupportedError: it is none.
-    """
-    scale = known.get(step.inputs[1])
-    zero = known.get(step.inputs[2]) if len(step.inputs) > 2 else torch.zeros((), dtype=torch.uint8)
-    plain = scale is not None and zero is not None and scale.numel() == zero.numel() == 1
-    if scale is None or zero is None or not plain or zero.dtype not in (torch.uint8, torch.int8):
-        raise UnsupportedError(
-            f"{step.name} quantizes to another format than int8 with one constant scale. "
-            f"Quantize activations to 8 bits per tensor."
-        )
-    return _Grid(float(scale), int(zero) - _shift(zero.dtype))
-
-
-def _stored(step: Step, known: Mapping[str, Tensor]) -> _Stored | None:
-    """The constant that a DequantizeLinear reads, as int8; None where it is none of 8 bits."""
-    integers = known[step.inputs[0]] if step.op == DEQUANTIZE else None
-    if integers is None or integers.dtype not in (torch.uint8, torch.int8):
-        return None
-    shift = _shift(integers.dtype)
-    scale = known[step.inputs[1]]
-    zero = known[step.inputs[2]] if len(step.inputs) > 2 else torch.zeros_like(scale)
-    axis = None if scale.numel() == 1 else int(step.attributes.get("axis", 1)) % integers.ndim
-    numbers = (integers.to(torch.int16) - shift).to(torch.int8)
-    shape = () if axis is None else (-1,)
-    zeros = zero.to(torch.int64).reshape(shape) - shift
-    return _Stored(numbers, scale.to(torch.float32).reshape(shape), zeros, axis)
-
-
-def _shift(dtype: torch.dtype) -> int:
-    """128 for unsigned integers: with that less, values and zero point are those of int8."""
-    return 128 if dtype == torch.uint8 else 0
