@@ -21,10 +21,13 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-Call = Callable[[], list[Any]]
+if TYPE_CHECKING:  # Python 3.8 cannot compute this
+    from collections.abc import Callable
+
+    Call = Callable[[], list[Any]]
 
 MARK = "hwcompress-result "
 BLOCK_SECONDS = 0.005
@@ -249,8 +252,8 @@ def machine() -> dict[str, Any]:
         "os": platform.system() + " " + platform.release(),
         "python": platform.python_version(),
         "versions": {
-            name: getattr(sys.modules[name], "__version__", "")
-            for name in ("numpy", "onnxruntime", "openvino", "torch")
+            name: metadata.version(name)
+            for name in ("numpy", "onnxruntime", "openvino", "executorch", "torch")
             if name in sys.modules
         },
     }

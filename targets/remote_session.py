@@ -223,12 +223,15 @@ class Session:
 
     def lacks(self, module: str, program: str = "") -> str:
         """Why a model cannot be run, and what to install."""
-        python = self.transport.options.python
-        has = f"{self.python} has no {module}" if self.python else f"it has no {python}"
+        python, packages = self.transport.options.python, list(dict.fromkeys(["numpy", module]))
         tool = f", and {program} is not installed either" if program else ""
-        packages = " ".join(dict.fromkeys(["numpy", module]))
+        if self.python:
+            has = f"{self.python} has no {module}"
+            install = f"Run `{python} -m pip install {' '.join(packages)}` there"
+        else:
+            has = f"it has no {python}"
+            install = f"Install Python 3.8 or newer with {' and '.join(packages)} there"
         return (
-            f"{self.address} cannot run this: {has}{tool}. Run `{python} -m pip install "
-            f"{packages}` there, or name the Python of another environment: "
-            f"{self.address}?python=/path/to/bin/python."
+            f"{self.address} cannot run this: {has}{tool}. {install}, or name the Python of another "
+            f"environment: {self.address}?python=/path/to/bin/python."
         )

@@ -391,3 +391,21 @@ def test_the_command_lines_of_adb_with_a_fake_adb(
     (found,) = measure_on([lost], artifacts, inputs, seconds=0.1)
     assert "adb://other cannot be reached" in found.error
     assert "Tried 3 times" in found.error
+
+
+def test_python_over_a_fake_adb_gives_equal_outputs(
+    tmp_path: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    phone = tmp_path / "phone"
+    phone.mkdir()
+    executable(tmp_path / "adb", FAKE_ADB)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    address = f"adb://phone?python={sys.executable}&folder={phone}"
+    options = ("--threads", 1, "--seconds", 0.2, "--json", "--device", address)
+    result = cli("bench", tiny_onnx, tiny_onnx, *options)
+    assert result.code == 0
+    (found,) = json.loads(result.out)["devices"]
+    assert found["error"] == ""
+    assert found["machine"]["runner"] == sys.executable
+    assert [one["max_abs_difference"] for one in found["closeness"].values()] == [0, 0]
+    assert list(phone.iterdir()) == []
