@@ -56,7 +56,7 @@ def output_type(
         if attributes.get_int(name, 0):
             return ir.DataType(attributes.get_int(name, 0))
     if op == "Constant":
-        tensor = convenience.get_const_tensor(out)
+        tensor = constant_tensor(out)
         return tensor.dtype if tensor is not None else None
     if op == "ConstantOfShape":
         value = attributes.get("value")
@@ -72,6 +72,14 @@ def output_type(
     if op in ("If", "Loop", "Scan") or node.domain not in ("", "ai.onnx"):
         return out.dtype
     return _input_type(node, _LIKE.get(op, 0), types) or out.dtype
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """What an initializer or a Constant holds; None for anything else, also for sparse tensors."""
+    try:
+        return convenience.get_const_tensor(value) if value is not None else None
+    except ValueError:
+        return None
 
 
 def _input_type(

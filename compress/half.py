@@ -1,58 +1,29 @@
 """Type an ONNX model in float16 or bfloat16: a runtime without precision flags does as it says.
 
-What is kept in float32 follows what half precision is known to lose (Micikevicius et al. 2018,
-arXiv 1710.03740, section 3): sums over many elements, exponentials and normalizations, constants
-out of range, and layers whose outputs may be. Casts stand where the two meet.
+`compress.half_limits` says what stays in float32. Casts stand where the two meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Literal, TypeAlias
 
-import ml_dtypes
 import numpy as np
-import onnx.defs
 import onnx_ir as ir
-import onnx_ir.convenience as convenience
 
-from compress.element_types import Types, element_types, output_type
-from compress.errors import UnsupportedError, UsageError
+from compress.element_types import Types, constant_tensor, element_types, output_type
+from compress.errors import UnsupportedError
+from compress.half_limits import QUANTIZING, SMALLEST, HalfType, float_operators, opset_for, takes
 from compress.rewrites import Statistics, new_constant, remove_unused
 
-HalfType: TypeAlias = Literal["float16", "bfloat16"]
-
-SENSITIVE = frozenset(
-    """
-    CumSum Exp GroupNormalization InstanceNormalization LayerNormalization Log LogSoftmax
-    LpNormalization MeanVarianceNormalization Pow ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp
-    ReduceMean ReduceProd ReduceSum ReduceSumSquare RMSNormalization Softmax Softplus
-    """.split()
-)
-"""Sums of many elements, and functions that leave the range of float16."""
-_LEFT_ALONE = {
-    **dict.fromkeys(("GRU", "LSTM", "RNN"), "its state sums up over many steps"),
-    **dict.fromkeys(("If", "Loop", "Scan"), "it has subgraphs"),
-    **dict.fromkeys(("Constant", "ConstantOfShape", "EyeLike", "Range"), "it makes float32"),
-    **dict.fromkeys(("RandomNormal", "RandomNormalLike", "RandomUniform"), "it makes float32"),
-    "RandomUniformLike": "it makes float32",
-}
-_ARITHMETIC = frozenset(
-    """
-    Add Cast Ceil Concat Div Floor Gather Max Min Mul Neg Reciprocal Reshape Round Slice Squeeze
-    Sqrt Sub Unsqueeze
-    """.split()
-)
+_ARITHMETIC = frozenset((
+    "Add", "Cast", "Ceil", "Concat", "Div", "Floor", "Gather", "Max", "Min", "Mul", "Neg",
+    "Reciprocal", "Reshape", "Round", "Slice", "Squeeze", "Sqrt", "Sub", "Unsqueeze",
+))  # fmt: skip
 """What sizes and positions are computed with; above 2048 float16 does not count in ones."""
-_DEVIATIONS = 6
-"""Of an output from its mean, within which its values are taken to lie."""
 _SCALE_ERROR = 2.0**-8
 """Largest relative error of a scale: half a step of 8 bits at the end of the range."""
-_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
-_LEAST_OPSET = 19
-"""In which QuantizeLinear and DequantizeLinear take scales in half precision."""
-_BFLOAT16_OPSET = 22
-"""In which convolutions and poolings take bfloat16; 21 differs from it in types alone."""
+_LEAST_OPSET = {"float16": 19, "bfloat16": 22}
+"""In which scales of Q/DQ take the type; for bfloat16 that of convolutions, too."""
 
 
 def to_half(
@@ -95,95 +66,14 @@ def to_half(
 
 def _check_opset(model: ir.Model, dtype: HalfType) -> None:
     """Raise opset 21 to 22 where bfloat16 needs it; refuse what is too old."""
-    opset = model.opset_imports.get("", 0)
-    if dtype == "bfloat16" and opset == _BFLOAT16_OPSET - 1:
-        opset = model.opset_imports[""] = _BFLOAT16_OPSET
-    pairs = any(node.op_type in _QUANTIZING for node in model.graph)
-    least = _BFLOAT16_OPSET if dtype == "bfloat16" else _LEAST_OPSET if pairs else 0
+    opset = model.opset_imports[""] = opset_for(dtype, model.opset_imports.get("", 0))
+    pairs = any(node.op_type in QUANTIZING for node in model.graph)
+    least = _LEAST_OPSET.get(dtype, 0) if pairs or dtype == "bfloat16" else 0
     if opset < least:
         raise UnsupportedError(
             f"The model has ONNX opset {opset}, and {dtype} needs {least}: before, operators and "
             f"the scales of Q/DQ do not take it. Export the model again."
         )
-
-
-def float_operators(
-    graph: ir.Graph,
-    dtype: HalfType = "float16",
-    keep_float: Collection[str] = (),
-    statistics: Statistics | None = None,
-) -> dict[str, str]:
-    """Operators that stay in float32, by name, with the reason.
-
-    Args:
-        graph: the float graph, or one with Q/DQ.
-        dtype: the type of the others.
-        keep_float: names of operators that stay in float32 whatever they are.
-        statistics: see `to_half`.
-
-    Raises:
-        UsageError: there is no such type, or no operator of a name in `keep_float`.
-    """
-    if dtype not in ("float16", "bfloat16"):
-        raise UsageError(f"There is no half type {dtype!r}; choose float16 or bfloat16.")
-    names = {node.name or "" for node in graph}
-    unknown = [name for name in keep_float if name not in names]
-    if unknown:
-        raise UsageError(
-            f"keep_float names {', '.join(unknown)}, which the graph does not have; `compress "
-            f"inspect MODEL` lists the names."
-        )
-    limits, opset = ml_dtypes.finfo(dtype), graph.opset_imports.get("", 0)
-    reasons: dict[str, str] = {}
-    for node in graph:
-        name = node.name or ""
-        if name in keep_float:
-            reasons[name] = "kept in float32 on request"
-        elif node.domain not in ("", "ai.onnx"):
-            reasons[name] = f"operators of {node.domain} are left as they are"
-        elif node.op_type in SENSITIVE:
-            reasons[name] = f"{node.op_type} loses too much in half precision"
-        elif node.op_type in _LEFT_ALONE:
-            reasons[name] = _LEFT_ALONE[node.op_type]
-        elif not takes(node, 0, opset, dtype):
-            reasons[name] = f"{node.op_type} has no {dtype} form in ONNX opset {opset}"
-        elif node.op_type not in _QUANTIZING and (reason := _out_of_range(node, opset, dtype)):
-            reasons[name] = f"{reason} in {dtype}"
-        elif statistics is not None and name in statistics:
-            mean, deviation = statistics[name]
-            if np.any(np.abs(mean) + _DEVIATIONS * deviation > float(limits.max)):
-                reasons[name] = f"its outputs may overflow in {dtype}"
-    return reasons
-
-
-def takes(node: ir.Node, index: int, opset: int, dtype: HalfType) -> bool:
-    """Whether ONNX allows a type for an input of an operator; true where it has no such input."""
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
-    except onnx.defs.SchemaError:
-        return False
-    if not schema.inputs:
-        return True
-    declared = schema.inputs[min(index, len(schema.inputs) - 1)]
-    return f"tensor({dtype})" in declared.types or "tensor(float)" not in declared.types
-
-
-def _out_of_range(node: ir.Node, opset: int, dtype: HalfType) -> str:
-    """Whether a constant overflows, or a single number becomes 0."""
-    limits = ml_dtypes.finfo(dtype)
-    for index, value in enumerate(node.inputs):
-        tensor = convenience.get_const_tensor(value) if value is not None else None
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
-            continue
-        if not takes(node, index, opset, dtype):
-            continue
-        numbers = np.abs(tensor.numpy())
-        finite = numbers[np.isfinite(numbers)]
-        if finite.size and finite.max() > float(limits.max):
-            return f"its constant {tensor.name} overflows"
-        if finite.size == 1 and 0 < finite.max() < float(limits.smallest_subnormal):
-            return f"its constant {tensor.name} becomes 0"
-    return ""
 
 
 class _Typer:
@@ -288,14 +178,11 @@ class _Typer:
 
     def widen(self, node: ir.Node) -> None:
         """Give weights in the file scales that the type holds: those of dead channels are tiny."""
-        integers, scale = (
-            convenience.get_const_tensor(value) if value is not None else None
-            for value in node.inputs[:2]
-        )
+        integers, scale = (constant_tensor(value) for value in node.inputs[:2])
         if integers is None or scale is None or len(scale.shape) > 1:
             return
         old = scale.numpy().astype(np.float64)
-        least = float(ml_dtypes.finfo(self.numpy).smallest_subnormal) / _SCALE_ERROR
+        least = SMALLEST[self.dtype] / _SCALE_ERROR
         new = np.maximum(old, least)
         axis = node.attributes.get_int("axis", 1)
         shape = [-1 if i == axis % len(integers.shape) else 1 for i in range(len(integers.shape))]
@@ -310,7 +197,7 @@ class _Typer:
 
     def holds(self, scale: ir.Value) -> bool:
         """Whether the type can hold the scales well enough."""
-        tensor = convenience.get_const_tensor(scale)
+        tensor = constant_tensor(scale)
         if tensor is None:
             return False
         numbers = tensor.numpy().astype(np.float64)

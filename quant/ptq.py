@@ -166,9 +166,7 @@ class Quantize:
         if narrow:
             graph = model.graph_model.graph
             formats = {
-                node.name or "": stored_format(node, group)
-                for node in graph
-                if node.name in narrow
+                node.name or "": stored_format(node, group) for node in graph if node.name in narrow
             }
             stored = weight_only_plan(graph, placement, capabilities, formats)
             plan = joined(plan, stored) if plan.roles else stored
@@ -310,8 +308,8 @@ class Quantize:
             return chosen | dict.fromkeys((n for n in narrow if n not in fits), NATIVE)
         if narrow and not fits:
             raise UnsupportedError(
-                f"No weight can be stored in 4 bits: this target takes them for linear layers only, "
-                f"with input features in groups of {group}. Use --bits 8."
+                f"No weight can be stored in 4 bits: this target takes them for linear layers "
+                f"only, with input features in groups of {group}. Use --bits 8."
             )
         return {name: width for name, width in chosen.items() if name in fits}
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from compress.target import Capabilities, FusablePattern
+from compress.target import Capabilities, FusablePattern, Role
 
 OPSET: Final = 21
 """Blocked and 4-bit quantization need it; both parsers take it, see `targets.tensorrt_rules`."""
 INT4_GROUPS: Final = (64, 128)
 
-_DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest"
-EXPLICIT: Final = f"{_DOCS}/inference-library/quantized-types-explicit-quantization.html"
-SCHEMES: Final = f"{_DOCS}/inference-library/quantized-types-schemes.html"
-WORKFLOWS: Final = f"{_DOCS}/inference-library/quantized-types-workflows.html"
-SUPPORT: Final = f"{_DOCS}/getting-started/support-matrix.html"
+DOCS: Final = "https://docs.nvidia.com/deeplearning/tensorrt/latest"
+EXPLICIT: Final = f"{DOCS}/inference-library/quantized-types-explicit-quantization.html"
+SCHEMES: Final = f"{DOCS}/inference-library/quantized-types-schemes.html"
+WORKFLOWS: Final = f"{DOCS}/inference-library/quantized-types-workflows.html"
+SUPPORT: Final = "https://docs.nvidia.com/deeplearning/tensorrt/support-matrix"
 _PLACEMENT = f"Q/DQ Layer-Placement Recommendations, {EXPLICIT}"
 _PROCESSING = f"TensorRT Processing of Q/DQ Networks (layers that commute with Q/DQ), {EXPLICIT}"
 _POINTWISE = f"unverified: pointwise fusion behind a weighted layer; {_PLACEMENT}"
 _MOVES = f"unverified for this operator: it moves values, so it commutes with Q/DQ; {_PROCESSING}"
-_AFTER = ("matmul", "elementwise")
+_AFTER: tuple[Role, ...] = ("matmul", "elementwise")
 
 PATTERNS: Final = (
     FusablePattern("Conv", "matmul", _PLACEMENT, float_output=True, max_rank=5),
@@ -88,8 +88,8 @@ def tensorrt_capabilities(gpu: Gpu | None = None) -> Capabilities:
         notes.append("No GPU is known: the formats are those that every GPU since Ampere has.")
     elif capability < (7, 5):
         notes.append(
-            f"{gpu.name} has compute capability {capability[0]}.{capability[1]}; TensorRT 10 and "
-            f"11 need 7.5."
+            f"{gpu.name} has compute capability {capability[0]}.{capability[1]}; TensorRT 10.1 "
+            f"needs 7.0, and later releases may need more: see the support matrix, {SUPPORT}."
         )
     return Capabilities(
         source=f"NVIDIA TensorRT documentation, {EXPLICIT}, {SCHEMES}, {SUPPORT}",

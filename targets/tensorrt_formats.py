@@ -1,4 +1,4 @@
-"""TensorRT's rules for the format of quantized tensors: types, zero points, scales, axes, blocks."""
+"""TensorRT's rules for the format of quantized tensors: types, zero points, scales, blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from targets.tensorrt_operators import OPERATORS
 LAYER: Final = (
     "https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/Quantize.html"
 )
-PARSER: Final = "https://github.com/onnx/onnx-tensorrt, onnxOpImporters.cpp, QuantDequantLinearHelper"
+PARSER: Final = "github.com/onnx/onnx-tensorrt, onnxOpImporters.cpp, QuantDequantLinearHelper"
 ONNX_SUPPORT: Final = f"ONNX Support, {EXPLICIT}"
 OLD_GUIDE: Final = "TensorRT 7.2 Developer Guide, Working With Quantized Networks"
 
@@ -61,7 +61,10 @@ def _float8_format(network: Network) -> Found:
     for node in network.pairs:
         dtype = network.dtype(node)
         if dtype in _OTHER_FP8:
-            yield node, f"it quantizes to {dtype.name}; of the 8-bit floats only E4M3FN is supported."
+            yield (
+                node,
+                f"it quantizes to {dtype.name}; of the 8-bit floats only E4M3FN is supported.",
+            )
 
 
 def _quantized_type(network: Network) -> Found:
@@ -97,7 +100,10 @@ def _scale_not_positive(network: Network) -> Found:
             continue
         numbers = scale.astype(np.float64)
         if not (np.isfinite(numbers).all() and (numbers > 0).all()):
-            yield node, f"its smallest scale is {numbers.min():g}; scales must be finite and above 0."
+            yield (
+                node,
+                f"its smallest scale is {numbers.min():g}; scales must be finite and above 0.",
+            )
 
 
 def _scale_shape(network: Network) -> Found:
@@ -196,9 +202,9 @@ def _int4_blocks(network: Network) -> Found:
 def _int4_odd(network: Network) -> Found:
     for node in network.pairs:
         shape = sizes(operand(node, 0))
-        if network.dtype(node) in (_INT4, _FP4) and shape and -1 not in shape:
-            if math.prod(shape) % 2:
-                yield node, f"it has {math.prod(shape)} elements; two are packed in a byte."
+        packed = network.dtype(node) in (_INT4, _FP4)
+        if packed and shape is not None and -1 not in shape and math.prod(shape) % 2:
+            yield node, f"it has {math.prod(shape)} elements; two are packed in a byte."
 
 
 def _opset_of_format(network: Network) -> Found:

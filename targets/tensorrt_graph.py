@@ -1,4 +1,4 @@
-"""An ONNX graph as the rules of TensorRT look at it: what is quantized, how, and by whom it is read."""
+"""An ONNX graph as TensorRT's rules look at it: what is quantized, how, and who reads it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.convenience as convenience
 
-from compress.element_types import Types, element_types
+from compress.element_types import Types, constant_tensor, element_types
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """What NVIDIA calls weighted operations."""
@@ -50,19 +49,24 @@ class Reading:
 
 
 class Network:
-    """A model, its types, and the pairs of Q and DQ in it.
+    """A graph of a model, its types, and the pairs of Q and DQ in it.
 
     Attributes:
         model: what is checked.
-        graph: of the model.
+        graph: its graph, or one inside of an If, Loop or Scan.
         major: version of TensorRT.
         opset: of ONNX's own operators; 0 where the model names none.
     """
 
-    def __init__(self, model: ir.Model, major: int) -> None:
-        self.model, self.graph, self.major = model, model.graph, major
+    def __init__(self, model: ir.Model, graph: ir.Graph, major: int) -> None:
+        self.model, self.graph, self.major = model, graph, major
         imports = model.opset_imports
         self.opset = imports.get("", imports.get("ai.onnx", 0))
+
+    @property
+    def outermost(self) -> bool:
+        """Whether the graph is the model's own."""
+        return self.graph is self.model.graph
 
     @cached_property
     def types(self) -> Types:
@@ -89,10 +93,10 @@ class Network:
         producer = source.producer() if source is not None else None
         if producer is not None and producer.op_type == QUANTIZE:
             return self.quantizes_constant(producer)
-        return array(source) is not None
+        return constant_tensor(source) is not None
 
     def reading(self, value: ir.Value | None) -> Reading | None:
-        """How a tensor was dequantized; None where no DQ gives it. Looks through moved constants."""
+        """How a tensor was dequantized, also through moves of constants; None where it was not."""
         node = value.producer() if value is not None else None
         while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
             before = node.inputs[0].producer()
@@ -135,13 +139,13 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
 
 def array(value: ir.Value | None) -> np.ndarray | None:
     """The numbers of an initializer or of a Constant; None for anything else."""
-    tensor = convenience.get_const_tensor(value) if value is not None else None
+    tensor = constant_tensor(value)
     return np.asarray(tensor.numpy()) if tensor is not None else None
 
 
 def sizes(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape, with -1 for what is not known; None where even the rank is not."""
-    tensor = convenience.get_const_tensor(value) if value is not None else None
+    tensor = constant_tensor(value)
     if tensor is not None:
         return tuple(int(size) for size in tensor.shape.numpy())
     if value is None or value.shape is None:

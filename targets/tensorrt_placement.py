@@ -72,7 +72,10 @@ def _weighted_inputs(network: Network) -> Found:
             continue
         if (first is None) != (second is None):
             which = "second" if second is None else "first"
-            yield node, f"its {which} operand is not quantized, so it is computed in floating point."
+            yield (
+                node,
+                f"its {which} operand is not quantized, so it is computed in floating point.",
+            )
         elif first is not None and second is not None and first.dtype != second.dtype:
             names = [r.dtype.name if r.dtype is not None else "?" for r in (first, second)]
             yield node, f"its operands are quantized to {names[0]} and {names[1]}; use one type."
@@ -105,7 +108,10 @@ def _concat_scales(network: Network) -> Found:
         found = [network.reading(value) for value in node.inputs]
         known = [reading for reading in found if reading is not None]
         if len(known) > 1 and not all(known[0].same_scale(one) for one in known[1:]):
-            yield node, "its inputs have different scales, so they are quantized anew; let them share."
+            yield (
+                node,
+                "its inputs have different scales, so they are quantized anew; let them share.",
+            )
         elif known and len(known) < len(found):
             yield node, "only some of its inputs are quantized."
 

@@ -18,18 +18,15 @@ import onnx_ir as ir
 from compress.element_types import SAME_TYPE
 from compress.errors import UsageError
 from targets import tensorrt_formats, tensorrt_placement
+from targets.tensorrt_capabilities import DOCS
 from targets.tensorrt_graph import Found, Network, Rule, Severity, operand, sizes
 from targets.tensorrt_operators import OPERATORS, SUPPORTED, restriction
 
-OPSET_GUIDE: Final = (
-    "https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/onnx-opset-guide.html"
-)
+OPSET_GUIDE: Final = f"{DOCS}/reference/onnx-opset-guide.html"
 STRONG: Final = (
     "https://docs.nvidia.com/deeplearning/tensorrt/11.0.0/api/migration/tensorrt-10x-to-11x.html"
 )
-PROFILES: Final = (
-    "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-dynamic-shapes.html"
-)
+PROFILES: Final = f"{DOCS}/inference-library/work-dynamic-shapes.html"
 DIMS: Final = "NvInferRuntimeBase.h, Dims64::MAX_DIMS"
 
 FIRST_OPSET = 9
@@ -74,10 +71,12 @@ def check(model: ir.Model, *, version: str = "10") -> tuple[Violation, ...]:
     Raises:
         UsageError: there are no rules for this version.
     """
-    network = Network(model, _major(version))
+    major = _major(version)
+    networks = [Network(model, graph, major) for graph in (model.graph, *model.graph.subgraphs())]
     found = [
         Violation(rule.id, _name(node), _sentence(node, sentence), rule.source, rule.severity)
         for rule in RULES
+        for network in networks
         for node, sentence in rule.find(network)
     ]
     order = ("error", "performance", "note")
@@ -108,7 +107,7 @@ def _sentence(node: ir.Node | None, sentence: str) -> str:
 
 def _opset(network: Network) -> Found:
     last = LAST_OPSET[network.major]
-    if not FIRST_OPSET <= network.opset <= last:
+    if network.outermost and not FIRST_OPSET <= network.opset <= last:
         yield (
             None,
             f"The model has ONNX opset {network.opset}; TensorRT {network.major} reads "
@@ -118,20 +117,20 @@ def _opset(network: Network) -> Found:
 
 def _domain(network: Network) -> Found:
     functions = {(domain, name) for domain, name, _ in network.model.functions}
-    for node in network.graph.all_nodes():
+    for node in network.graph:
         known = (node.domain, node.op_type) in functions
         if node.domain not in ("", "ai.onnx") and not known:
             yield node, f"it belongs to {node.domain}, not to ONNX; TensorRT needs a plugin for it."
 
 
 def _operator(network: Network) -> Found:
-    for node in network.graph.all_nodes():
+    for node in network.graph:
         if node.domain in ("", "ai.onnx") and node.op_type not in SUPPORTED:
             yield node, "TensorRT's parser does not have this operator."
 
 
 def _form(network: Network) -> Found:
-    for node in network.graph.all_nodes():
+    for node in network.graph:
         if node.domain in ("", "ai.onnx") and (reason := restriction(node)):
             yield node, f"{reason}."
 
@@ -177,7 +176,7 @@ def _rank(network: Network) -> Found:
 
 
 def _dynamic_shape(network: Network) -> Found:
-    for value in network.graph.inputs:
+    for value in network.graph.inputs if network.outermost else ():
         if -1 in (sizes(value) or ()):
             yield (
                 None,

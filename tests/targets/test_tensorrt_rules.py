@@ -226,6 +226,15 @@ def test_operators_of_a_branch_are_seen() -> None:
     assert [violation.node for violation in check(build(case))] == ["in"]
 
 
+def test_a_sparse_constant_is_no_crash() -> None:
+    case = Planted("", "", "[a] y = Relu(x)", {})
+    model = build(case)
+    sparse = ir.Node("", "Constant", [], [ir.AttrInt64("value_other", 1)], name="k")
+    model.graph.insert_before(model.graph[0], sparse)
+    model.graph[1].replace_input_with(0, sparse.outputs[0])
+    assert check(model) == ()
+
+
 def test_functions_of_the_model_are_no_foreign_domain() -> None:
     proto = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 21, "mine" : 1]> g (float[2] x) => (float[2] y) '
