@@ -33,6 +33,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "torchao",
     "openvino",
+    "executorch",
     "nncf",
     "numpy",
 )

@@ -66,6 +66,7 @@ PACKAGES = (
     "onnxscript",
     "numpy",
     "openvino",
+    "executorch",
     "nncf",
     "torchao",
 )

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from compress import artifact
+from compress.errors import UnsupportedError
 from compress.export import to_onnx
 from compress.graph import graph_sites
 from compress.loading import load
 from compress.model import TensorSpec, random_inputs
 from compress.registry import create_target, require_target
-from compress.target import Engine, KernelTime, runtimes
+from compress.target import Engine, KernelTime, Target, runtimes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ def profile(
 
     A target that several runtimes serve is profiled in each; an artifact in its own. The runtime's
     profiler adds some time to every kernel, most visibly to small ones: read shares here, and
-    latency from `compress bench`.
+    latency from `compress bench`. Runtimes that tell no times are left out.
+
+    Raises:
+        UnsupportedError: no runtime tells the times of its kernels.
     """
     destination = create_target(target, threads=threads)
     require_target(destination)
@@ -67,6 +71,7 @@ def profile(
     if isinstance(model, (str, Path)) and Path(model).is_dir():
         name = Path(model).name
         report = artifact.read_report(Path(model))
+        _profilers(create_target(report["target"]["name"]))
         engines = {report["target"]["name"]: artifact.load(model, threads=threads)}
         macs = {row["name"]: row["macs"] for row in report["sites"]}
         types = {row["name"]: row["op_type"] for row in report["sites"]}
@@ -74,7 +79,7 @@ def profile(
         loaded = load(model, factory=factory, inputs=tuple(inputs), trust_pickle=trust_pickle)
         name = loaded.name
         exported = to_onnx(loaded, destination.capabilities.opset)
-        engines = {one.name: one.build(exported) for one in runtimes(destination)}
+        engines = {one.name: one.build(exported) for one in _profilers(destination)}
         sites = graph_sites(exported.graph_model)
         macs = {site.name: site.macs for site in sites}
         types = {site.name: site.op_type for site in sites}
@@ -85,6 +90,17 @@ def profile(
     rows = [row for runtime, found in times.items() for row in _rows(runtime, found, macs)]
     layers = _layers(times, types, macs) if len(times) > 1 else ()
     return ProfileReport(name, destination.name, threads or "all", tuple(rows), layers)
+
+
+def _profilers(target: Target) -> list[Target]:
+    """The runtimes of a target that tell the time of each kernel."""
+    found = [one for one in runtimes(target) if one.capabilities.profiler]
+    if not found:
+        raise UnsupportedError(
+            f"Target {target.name} does not tell the time of each kernel; `compress bench` "
+            f"measures the latency of the whole."
+        )
+    return found
 
 
 def _rows(

@@ -86,7 +86,8 @@ class ExecuTorch:
 
     def load(self, directory: Path) -> Engine:
         """The program of an artifact's `model.pte`."""
-        from targets.executorch_engine import ExecuTorchEngine, Program
+        from targets.executorch_engine import ExecuTorchEngine
+        from targets.executorch_files import Program
 
         return ExecuTorchEngine(Program.read(directory), usable_threads(self.threads))
 

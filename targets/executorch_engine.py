@@ -53,8 +53,13 @@ def _lower(name: str, graph_model: ir.Model, inputs: tuple[TensorSpec, ...]) -> 
     exir = imported("executorch.exir")
     imported("executorch.kernels.quantized")  # registers the forms of Q/DQ that programs call
     edge = exir.to_edge_transform_and_lower(
-        exported, partitioner=[partitioner.XnnpackPartitioner()]
+        exported,
+        partitioner=[partitioner.XnnpackPartitioner()],
+        # Operators beyond the core set run in portable kernels; what has none is refused later.
+        compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
     )
+    # Before the program is made, which adds nodes for its memory.
+    operators = tuple(_operators(edge.exported_program().graph_module))
     specs = {spec.name: spec for spec in inputs}
     graph, dynamic = graph_model.graph, any(spec.dynamic_batch for spec in inputs)
     return Program(
@@ -63,7 +68,7 @@ def _lower(name: str, graph_model: ir.Model, inputs: tuple[TensorSpec, ...]) -> 
         inputs=tuple(specs[v.name or ""] for v in graph.inputs if v.name in specs),
         outputs=tuple(value.name or "" for value in graph.outputs),
         batched=tuple(v.name or "" for v in graph.outputs if dynamic and _has_rows(v)),
-        operators=tuple(_operators(edge.exported_program().graph_module)),
+        operators=operators,
     )
 
 

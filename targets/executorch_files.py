@@ -114,6 +114,7 @@ class Cache:
         try:
             return Program.read(self.folder / key)
         except LoadError:
+            shutil.rmtree(self.folder / key, ignore_errors=True)
             return None
 
     def put(self, key: str, program: Program) -> None:

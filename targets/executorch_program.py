@@ -7,7 +7,7 @@ runs in int8; the quantization behind it saturates, so an activation that the gr
 exact. uint8 becomes int8 by subtracting 128, exactly.
 
 What XNNPACK lacks is written as what it has, with equal numbers: a Slice with steps in height and
-width as a depthwise convolution by one, a Split as slices.
+width as a depthwise convolution by one, a Split as slices, a Squeeze as a reshape.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _SAME_SCALE = (
     "Unsqueeze",
 )  # fmt: skip
 """What moves integers, so that XNNPACK wants one scale for what it reads and writes."""
+_RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 
 def to_program(graph_model: ir.Model, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
@@ -120,8 +121,8 @@ def _separate_pads(graph: torch.fx.Graph) -> None:
 
 def _called(node: torch.fx.Node) -> str:
     """Name of the operator that a node calls, without library and overload."""
-    is_call = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return node.target._opname if is_call else ""
+    target = node.target if node.op == "call_function" else None
+    return target._opname if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def _reads_int8(node: torch.fx.Node) -> bool:
@@ -266,7 +267,7 @@ class _Lowering:
         """The outputs."""
         self.values = dict(zip(self.network.inputs, inputs, strict=True))
         for step in self.network.steps:
-            if any(name not in self.known | self.integers for name in step.outputs):
+            if any(n not in self.known and n not in self.integers for n in step.outputs):
                 with annotate({SITE: step.name}):
                     self._step(step)
         return tuple(self._read(None, name) for name in self.network.outputs)
@@ -288,6 +289,8 @@ class _Lowering:
             self.values[out] = self._slice(step)
         elif step.op == "Split":
             self.values |= self._split(step)
+        elif step.op in _RESHAPES:
+            self.values[out] = self._read(step, step.inputs[0]).reshape(self.shapes[out])
         elif not on_integers:
             self.values |= self._compute(step)
 
@@ -321,12 +324,10 @@ class _Lowering:
         if step is None or step.op not in _SAME_SCALE or not self._in_int8(step):
             return x
         reader = self._only_reader(step)
-        grid = (
-            self.grids[reader.outputs[0]] if reader is not None and reader.op == QUANTIZE else None
-        )
-        if grid is None or grid == self.grids[source]:
+        if reader is None or reader.op != QUANTIZE:
             return x
-        return grid.dequantize(grid.quantize(x))
+        grid = self.grids[reader.outputs[0]]
+        return x if grid == self.grids[source] else grid.dequantize(grid.quantize(x))
 
     def _quantize(self, step: Step) -> None:
         """Quantize; limits that follow are kept before, where a product's kernel keeps them."""
@@ -405,8 +406,8 @@ def _limited(x: Tensor, limits: tuple[int, int], grid: _Grid) -> Tensor:
     low, high = limits
     if low == grid.zero_point and high >= _HIGH:
         return F.relu(x)
-    bounds = [(limit - grid.zero_point) * grid.scale for limit in limits]
-    return F.hardtanh(x, *bounds)
+    least, most = ((limit - grid.zero_point) * grid.scale for limit in limits)
+    return F.hardtanh(x, least, most)
 
 
 def _linear(

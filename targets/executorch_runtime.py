@@ -47,7 +47,7 @@ def quiet() -> Iterator[IO[bytes]]:
     Output of other threads of this process is kept back as well, for as long as this takes.
     """
     log = logging.getLogger("executorch")
-    before, streams = log.level, (sys.stdout, sys.stderr)
+    before, streams = log.level, [one for one in (sys.stdout, sys.stderr) if one is not None]
     with _LOCK, tempfile.TemporaryFile() as written, _untouched():
         log.setLevel(logging.CRITICAL)
         for stream in streams:

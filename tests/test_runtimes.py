@@ -18,18 +18,24 @@ import pytest
 
 import compress
 from compress.artifact import sha256_file
-from compress.errors import LoadError, UsageError
+from compress.errors import LoadError, UnsupportedError, UsageError
 from compress.model import Arrays, Model
 from compress.pipeline import RunResult
+from compress.profiling import _profilers
+from compress.registry import create_pass
 from compress.report import SCHEMA_VERSION
+from compress.settings import capable
 from compress.testing import tiny_exported
+from targets.cpu import CPU
+from targets.executorch import ExecuTorch
 from targets.onnxruntime import OnnxRuntime
 from targets.openvino import OpenVINO
 
 pytest.importorskip("openvino")
 
 QUICK: dict[str, Any] = {"threads": 1, "search_seconds": 0, "seconds": 0.5}
-RUNTIMES = {"onnxruntime", "openvino"}
+RUNTIMES = {one.name for one in CPU().runtimes()}
+"""ExecuTorch among them where it is installed."""
 BODY = """
 {
     [a] c = Conv<pads = [1, 1, 1, 1]>(x, w)
@@ -42,9 +48,9 @@ BODY = """
 }
 """
 WEIGHTS = {"w": (64, 32, 3, 3), "w2": (64, 64, 3, 3), "v": (64, 10)}
-WITHOUT_OPENVINO = """
+WITHOUT_EXTRAS = """
 import sys
-sys.modules["openvino"] = None
+sys.modules["openvino"] = sys.modules["executorch"] = None
 from compress.cli import main
 main(sys.argv[1:])
 """
@@ -175,11 +181,11 @@ def test_the_report_names_the_runtime_that_was_chosen(chosen: RunResult, x: np.n
     assert report.target["name"] in RUNTIMES
     assert report.target["name"] == report.candidate(report.chosen).runtime
     assert report.target["options"] == report.candidate(report.chosen).settings
-    suffix = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
+    suffix = {"onnxruntime": "model.onnx", "openvino": "model.xml", "executorch": "model.pte"}
     assert (chosen.directory / suffix[report.target["name"]]).is_file()
     assert _first(compress.load(chosen.directory), x[:2]).shape == (2, 10)
     assert {one.runtime for one in report.candidates} <= RUNTIMES
-    assert "was not tried" not in " ".join(report.headline)
+    assert "openvino was not tried" not in " ".join(report.headline)
 
 
 def test_the_winner_is_the_fastest_that_was_confirmed(chosen: RunResult) -> None:
@@ -287,25 +293,26 @@ def test_settings_of_the_artifact_reach_its_engine(
     assert _equal(engine(inputs), again(inputs))
 
 
-def _without_openvino(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT_OPENVINO, *map(str, arguments)]
+def _without_extras(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_without_openvino_the_rest_works_and_says_so(
+def test_without_extras_the_rest_works_and_says_so(
     tiny_onnx: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     quick = ("--threads", 1, "--time", 0, "--seconds", 0.5, "--json")
-    ran = _without_openvino("run", tiny_onnx, "--calibration", tiny_images, "--out", out, *quick)
+    ran = _without_extras("run", tiny_onnx, "--calibration", tiny_images, "--out", out, *quick)
     assert ran.returncode in (0, 1), ran.stderr
     report = json.loads(ran.stdout)["report"]
     assert {row["runtime"] for row in report["tried"]} == {"onnxruntime"}
-    (remark,) = [sentence for sentence in report["headline"] if "was not tried" in sentence]
-    assert remark == (
-        "openvino was not tried: OpenVINO is not installed. Install it with: "
-        "pip install 'hwcompress[openvino]'."
-    )
+    remarks = [sentence for sentence in report["headline"] if "was not tried" in sentence]
+    assert remarks == [
+        f"{name.lower()} was not tried: {name} is not installed. Install it with: "
+        f"pip install 'hwcompress[{name.lower()}]'."
+        for name in ("OpenVINO", "ExecuTorch")
+    ]
     assert compress.load(out)({"x": np.zeros((1, 3, 8, 8), np.float32)})["y"].shape == (1, 4)
 
 
@@ -313,7 +320,26 @@ def test_without_openvino_its_artifact_and_its_target_are_refused(
     pinned: RunResult, net: Path
 ) -> None:
     for arguments in (("bench", pinned.directory), ("run", net, "--target", "openvino")):
-        ran = _without_openvino(*arguments)
+        ran = _without_extras(*arguments)
         assert ran.returncode == 2
         assert "Target openvino cannot be used here: OpenVINO is not installed." in ran.stderr
         assert "pip install 'hwcompress[openvino]'" in ran.stderr
+
+
+def test_a_runtime_that_lacks_a_format_costs_only_itself() -> None:
+    """int4 weights are for ONNX Runtime and OpenVINO alone."""
+    model = tiny_exported(21)
+    passes = (create_pass("quantize", bits=4),)
+    able = (OnnxRuntime(threads=1), OpenVINO(threads=1))
+    found, sentences = capable(passes, model, (*able, ExecuTorch(threads=1)))
+    assert found == able
+    (sentence,) = sentences
+    assert sentence.startswith("executorch was not tried: Target executorch cannot run --bits 4")
+    with pytest.raises(UnsupportedError, match="Target executorch cannot run --bits 4"):
+        capable(passes, model, (ExecuTorch(threads=1), *able))
+
+
+def test_a_target_without_a_profiler_says_so() -> None:
+    with pytest.raises(UnsupportedError, match="Target executorch does not tell the time"):
+        _profilers(ExecuTorch(threads=1))
+    assert _profilers(CPU(threads=1)) == [OnnxRuntime(threads=1), OpenVINO(threads=1)]

@@ -74,6 +74,19 @@ class Picky:
         return TARGET.build(model)
 
 
+@dataclass(frozen=True)
+class Timeless(Picky):
+    """It runs everything, and tells the time of no kernel."""
+
+    refuses: str = ""
+
+    name: ClassVar[str] = "timeless"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return dataclasses.replace(TARGET.capabilities, profiler=False)
+
+
 def _is_float(node: object) -> bool:
     weight = node.inputs[1]  # type: ignore[attr-defined]
     return weight is not None and weight.producer() is None
@@ -381,11 +394,20 @@ def test_the_pair_to_place_between(screening: Screening) -> None:
     assert names("onnxruntime", True) == ["onnxruntime float32", "onnxruntime int8"]
 
 
-def test_how_time_is_shared(original: Model, screening: Screening) -> None:
-    ways = [lowered(original, TARGET), lowered(original, Picky(refuses=""))]
+def test_how_time_is_shared() -> None:
     far = 1e9
-    assert _share(far, {}, ways[:1]) == far
-    assert _share(far, {}, ways) == pytest.approx(far * 2 / 3, rel=1e-2)
+    assert _share(far, last=True) == far
+    assert _share(far, last=False) == pytest.approx(far * 2 / 3, rel=1e-2)
+
+
+def test_a_runtime_without_a_profiler_runs_whole_models_and_takes_no_time_from_others(
+    original: Model, workload: Workload
+) -> None:
+    ways = [lowered(original, TARGET), lowered(original, Timeless())]
+    found = searched(original, ways, workload, seconds=600)
+    tried = {v.precision for v in found.screening.variants.values() if v.target == Timeless()}
+    assert tried == {FLOAT, INT8}
+    assert set(found.placements) == {"onnxruntime"}
 
 
 def test_settings_of_the_fastest_are_tried(original: Model, screening: Screening) -> None:

@@ -226,3 +226,17 @@ def test_clip_bounds(
     used = {name: value for name, value in bounds.items() if name in body}
     model = onnx_model(f"g ({inputs}) => (float[batch,4] y) {{{body}}}", **used)
     assert clip_bounds(model.graph_model.graph[0]) == expected
+
+
+def test_a_product_that_needs_a_constant_stays_float_without_one(onnx_model: Build) -> None:
+    body = "[a] p = MatMul(x, w) [b] y = MatMul(p, p)"
+    model = onnx_model(f"g (float[4,4] x) => (float[4,4] y) {{{body}}}", w=(4, 4))
+    patterns = [
+        dataclasses.replace(one, float_output=False, constant_weight=one.op == "MatMul")
+        for one in FACTS.patterns
+    ]
+    facts = dataclasses.replace(FACTS, patterns=tuple(patterns))
+    found = place(model.graph_model.graph, facts)
+    assert found.roles == {"a": "matmul"}
+    assert found.reasons == {"b": "its weight is not a constant"}
+    assert set(placed(model).roles) == {"a", "b"}

@@ -14,11 +14,13 @@ from compress.machine import this_machine
 from compress.target import ManyRuntimes, Target, runtimes
 from compress.testing import TargetContract
 from targets.cpu import CPU
+from targets.executorch import ExecuTorch
 from targets.onnxruntime import OnnxRuntime
 from targets.openvino import OpenVINO
 
 WITHOUT_OPENVINO = """
 import sys
+sys.modules['executorch'] = None
 {absence}
 from targets.cpu import CPU
 print([one.name for one in CPU().runtimes()])
@@ -45,7 +47,7 @@ class TestCPU(TargetContract):
     target = CPU(threads=1)
 
 
-@pytest.mark.parametrize("kind", [CPU, OnnxRuntime, OpenVINO])
+@pytest.mark.parametrize("kind", [CPU, OnnxRuntime, OpenVINO, ExecuTorch])
 @pytest.mark.parametrize("threads", [0, -1, 10_000])
 def test_impossible_thread_counts_are_refused(kind: type[Target], threads: int) -> None:
     with pytest.raises(UsageError, match=f"--threads {threads} .* {this_machine().cores} usable"):
@@ -63,11 +65,11 @@ def test_the_reference_comes_first_and_every_runtime_gets_the_threads() -> None:
     pytest.importorskip("openvino")
     target = CPU(threads=4, streams=2)
     assert isinstance(target, ManyRuntimes)
-    assert runtimes(target) == (
-        OnnxRuntime(threads=4, streams=2),
-        OpenVINO(threads=4, streams=2),
-    )
-    assert target.missing() == {}
+    expected = (OnnxRuntime(threads=4, streams=2), OpenVINO(threads=4, streams=2))
+    mobile = ExecuTorch(threads=4)
+    there = mobile.check().available
+    assert runtimes(target) == ((*expected, mobile) if there else expected)
+    assert set(target.missing()) == (set() if there else {"executorch"})
     assert target.capabilities == OnnxRuntime(threads=4).capabilities
 
 
@@ -86,6 +88,7 @@ def test_a_runtime_that_is_not_installed_is_missing_with_the_way_to_get_it(absen
     assert ran.stdout.splitlines() == [
         "['onnxruntime']",
         "openvino OpenVINO is not installed. pip install 'hwcompress[openvino]'",
+        "executorch ExecuTorch is not installed. pip install 'hwcompress[executorch]'",
     ]
 
 
@@ -104,5 +107,5 @@ def test_the_files_say_which_runtime_an_artifact_is_for(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_is_no_artifact(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"neither model\.onnx nor model\.xml"):
+    with pytest.raises(LoadError, match=r"none of model\.onnx, model\.xml and model\.pte"):
         CPU(threads=1).load(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import compress
 from compress.candidates import int8_share
 from compress.data import load_data
 from compress.errors import EngineError, LoadError, OutputError
@@ -245,11 +246,63 @@ def test_several_inputs_come_by_name(onnx_model: Build) -> None:
     np.testing.assert_array_equal(engine({"then": then, "first": first})["y"], first - then)
 
 
+MANY = """g (float[batch,4,6] x, int64[batch,6] ids) => (float[batch,4,8] y, float[batch,2] z) {
+    [embed] e = Gather(table, ids) [turn] t = Transpose<perm=[0,2,1]>(e)
+    [sum] a = Add(x, t) [norm] n = LayerNormalization<axis=-1>(a, g, b)
+    [swish] h = HardSwish(n) [gate] s = HardSigmoid<alpha=0.1666667, beta=0.5>(n)
+    [leak] l = LeakyRelu<alpha=0.1>(n) [elu] u = Elu(n) [tanh] v = Tanh(n) [erf] f = Erf(n)
+    [all] w = Sum(h, s, l, u, v, f) [soft] p = Softmax<axis=1>(w) [exp] q = Exp(p)
+    [product] m = MatMul(q, matrix) [gelu] o = Gelu(m) [power] y = Pow(o, two)
+    [grow] i = Unsqueeze(w, axes) [up] r = Resize<mode="linear">(i, none, scales)
+    [mean] k = ReduceMean<keepdims=0>(r, all) [pad] j = Pad(k, pads)
+    [part] z = Slice(j, zero, end, one)
+}"""
+
+
+@installed
+def test_operators_beyond_int8_are_computed_too(onnx_model: Build) -> None:
+    """In XNNPACK's float kernels, or in those that ExecuTorch has for everything."""
+    model = onnx_model(
+        MANY, table=(9, 4), g=(6,), b=(6,), matrix=(6, 8), two=np.float32(2), axes=np.array([1]),
+        none=np.zeros(0, np.float32), scales=np.array([1, 1, 2, 2], np.float32),
+        all=np.array([2, 3]), pads=np.array([0, 1, 0, 2]), zero=np.array([0]), end=np.array([2]),
+        one=np.array([1]), infer=False,
+    )  # fmt: skip
+    inputs = model.example(2, seed=1)
+    engine = ONE.build(model)
+    got, expected = engine(inputs), run(reference_session(model.graph_model), inputs)
+    for name, array in expected.items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-4, atol=1e-5)
+    assert {kernel.backend for kernel in engine.kernels()} == {"", "XNNPACK"}
+
+
 @installed
 def test_what_torch_lacks_is_an_engine_error(onnx_model: Build) -> None:
     model = onnx_model("g (float[batch,4] x) => (float[batch,4] y) { [n] y = Shrink(x) }")
     with pytest.raises(EngineError, match=r"ExecuTorch .* refuses the model: .* it has Shrink"):
         ONE.build(model)
+
+
+@installed
+def test_a_run_leaves_a_program_and_says_what_is_delegated(
+    cli: Callable[..., Any], tiny_onnx: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quick = ("--threads", 1, "--time", 0, "--seconds", 0.5, "--out", out)
+    ran = cli("run", tiny_onnx, "--target", "executorch", "--calibration", tiny_images, *quick)
+    assert ran.code in (0, 1), ran.err
+    report = json.loads((out / "report.json").read_text())
+    assert {"model.pte", "model.json"} <= set(report["files"])
+    assert {row["name"]: row["failure"] for row in report["tried"]} == {
+        "float32": "",
+        "executorch int8": "",
+    }
+    said = " ".join(report["headline"])
+    assert "XNNPACK executes 100 % of the multiply-accumulates" in said
+    assert "nothing is left to others." in said
+    assert "not verified on a device" in said
+    x = np.zeros((2, 3, 8, 8), np.float32)
+    assert compress.load(out)({"x": x})["y"].shape == (2, 4)
 
 
 QUIET = """
