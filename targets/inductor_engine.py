@@ -189,7 +189,7 @@ class _Loaded:
 
     def enter(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Put inputs on the device."""
-        arrays = (np.ascontiguousarray(inputs[s.name], s.dtype) for s in self.package.inputs)
+        arrays = (np.asarray(inputs[s.name], s.dtype, order="C") for s in self.package.inputs)
         # torch wants to be able to write where it reads.
         tensors = [torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays]
         if self._replay is None:

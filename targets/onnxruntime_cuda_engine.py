@@ -170,7 +170,7 @@ class _Bound:
         """Put inputs on the device."""
         for spec in self._specs:
             self._inputs[spec.name].update_inplace(
-                np.ascontiguousarray(inputs[spec.name], spec.dtype)
+                np.asarray(inputs[spec.name], spec.dtype, order="C")
             )
 
     def compute(self) -> None:
