@@ -113,21 +113,23 @@ def rungs(network: str) -> list[list[str]]:
 
 
 def climbs() -> list[list[str]]:
-    """Drop of the command at each width and granularity, and the rung that it ends on."""
+    """Drop before and after the climb at each width and granularity, and the rung it ends on."""
     found = entries("quant_fragile")
     networks = [key.partition("/")[0] for key in found if key.endswith("/ladder")]
     rows = [["", *networks]]
     for width in next(found[f"{n}/ladder"]["cells"] for n in networks):
         cells = [found[f"{n}/ladder"]["cells"][width] for n in networks]
-        rows.append([width, *(f"{c['points']:+.2f} ({_last_rung(c)})" for c in cells)])
+        rows.append([width, *map(_climb, cells)])
     return rows
 
 
-def _last_rung(cell: Mapping[str, Any]) -> str:
-    kept = [row["rung"] for row in cell["ladder"] if row["kept"]]
-    if artifact(cell["artifact"]) == "float32":
-        return "float32"
-    return kept[-1] if kept else "at once"
+def _climb(cell: Mapping[str, Any]) -> str:
+    if not cell["ladder"]:
+        return "holds at once" if cell["met"] else "not faster than float"
+    kept = [row for row in cell["ladder"] if row["kept"]]
+    first, last = (row["points"]["points"] for row in (kept[0], kept[-1]))
+    ends = "" if kept[-1]["holds"] else ", does not hold"
+    return f"{first:+.2f} to {last:+.2f} ({kept[-1]['rung']}{ends})"
 
 
 def choices() -> list[list[str]]:

@@ -72,12 +72,12 @@ def learn_roundings(
     sites: Sequence[Site],
     iterations: int,
     generator: torch.Generator,
-    deadline: float = math.inf,
+    seconds: float = math.inf,
 ) -> list[Site]:
     """The sites with roundings and biases that give the block a smaller error.
 
-    The simulation holds them then. Where the error did not fall, or the time was up, everything
-    stays as it was.
+    The simulation holds them then. Where the error did not fall, everything stays as it was. With
+    less time than the iterations need they are fewer, and what depends on progress goes faster.
     """
     simulation = block.walk.simulation
     before = block.error()
@@ -97,7 +97,7 @@ def learn_roundings(
         exponent = exponent_at(progress)
         return pull(soft, exponent) if exponent else 0.0
 
-    finished = _minimise(block, groups, prepare, before, iterations, generator, deadline)
+    _minimise(block, groups, prepare, before, iterations, generator, seconds)
     with torch.no_grad():
         prepare(1.0)
         learned = [
@@ -105,7 +105,7 @@ def learn_roundings(
             for site, one in zip(sites, soft, strict=True)
         ]
         simulation.rounded |= {site.weight: site.rounded() for site in learned}
-    if finished and block.error() < before:
+    if block.error() < before:
         return learned
     simulation.rounded, simulation.values = kept
     return list(sites)
@@ -123,7 +123,7 @@ def learn_scales(
     scales: Sequence[tuple[LearnedScale, tuple[str, ...]]],
     iterations: int,
     generator: torch.Generator,
-    deadline: float = math.inf,
+    seconds: float = math.inf,
 ) -> bool:
     """Learn scales of activations that are made in the block (LSQ: Esser et al. 2020).
 
@@ -132,7 +132,7 @@ def learn_scales(
         scales: each with the tensors that share it; see `block_scales`.
         iterations: steps of Adam.
         generator: chooses batches.
-        deadline: moment of `time.perf_counter` at which to give up.
+        seconds: to take at most, as in `learn_roundings`.
 
     Returns:
         whether the error fell; if not, the simulation has its scales back.
@@ -149,10 +149,10 @@ def learn_scales(
             simulation.scales |= dict.fromkeys(names, value)
         return 0.0
 
-    finished = _minimise(block, groups, prepare, before, iterations, generator, deadline)
+    _minimise(block, groups, prepare, before, iterations, generator, seconds)
     with torch.no_grad():
         prepare(1.0)
-    if finished and block.error() < before:
+    if block.error() < before:
         return True
     simulation.scales = kept
     return False
@@ -182,18 +182,21 @@ def _minimise(
     unit: float,
     iterations: int,
     generator: torch.Generator,
-    deadline: float,
-) -> bool:
-    """Adam on the block's error in units of `unit` plus what `prepare` adds; whether it ended.
+    seconds: float,
+) -> None:
+    """Adam on the block's error in units of `unit` plus what `prepare` adds.
 
     The learning rate of a group with "falls" goes to 0 along a cosine.
     """
     optimizer = torch.optim.Adam(groups)
     rates = [group["lr"] for group in optimizer.param_groups]
+    start = time.perf_counter()
     for iteration in range(iterations):
-        if time.perf_counter() > deadline:
-            return False
         progress = iteration / iterations
+        if math.isfinite(seconds):
+            progress = max(progress, (time.perf_counter() - start) / max(seconds, 1e-9))
+        if progress >= 1:
+            return
         extra = prepare(progress)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             if group.get("falls"):
@@ -203,7 +206,6 @@ def _minimise(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return True
 
 
 def fisher(

@@ -69,7 +69,8 @@ class Reconstruct:
             "adaround" the continuous relaxation that AdaRound learns.
         iterations: steps of Adam for each block, or for each layer of solver "adaround".
         batch: samples in one of these steps.
-        seconds: most time in all; layers that it does not suffice for are rounded to nearest.
+        seconds: most time in all. Blocks are learned in fewer iterations then, or not at all;
+            layers that it does not suffice for are rounded to nearest.
         refit_bias: let the bias take the mean error of its layer's outputs.
         learn_scales: learn scales of activations too, block by block.
         fisher: weight errors of a block's output by how much the network's output depends on each
@@ -163,6 +164,7 @@ class _Work:
         sites: layers with chosen roundings.
         skipped: layers that stay as they are, and why.
         left: number of layers that there was no time for.
+        layer_seconds: that the layers took so far.
         errors: of each layer's output, rounded to nearest and as chosen.
         blocks: number of blocks that learning improved.
         scales: learned ones, by tensor.
@@ -176,6 +178,7 @@ class _Work:
     sites: list[Site] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     left: int = 0
+    layer_seconds: float = 0.0
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     blocks: int = 0
     scales: dict[str, QParams] = field(default_factory=dict)
@@ -207,23 +210,39 @@ class _Work:
                 if time.perf_counter() > self.deadline:
                     self.left += len(for_now)
                     continue
-                self._piece(walk, piece, for_now, importance)
+                behind = len(todo) - len(self.sites) - self.left - len(for_now)
+                self._piece(walk, piece, for_now, importance, behind)
                 advance(len(for_now))
                 walk.advance(piece.steps.stop)
         return min(len(data), len(batches) * size)
 
     def _piece(
-        self, walk: Walk, piece: Piece, todo: Sequence[Layer], importance: Mapping[str, Tensor]
+        self,
+        walk: Walk,
+        piece: Piece,
+        todo: Sequence[Layer],
+        importance: Mapping[str, Tensor],
+        behind: int,
     ) -> None:
+        """Reconstruct one piece that has `behind` layers after it."""
         sites = []
         for layer in todo:
-            if time.perf_counter() > self.deadline:
+            start = time.perf_counter()
+            if start > self.deadline:
                 self.left += 1
             else:
                 sites.append(self._layer(walk, layer))
+                self.layer_seconds += time.perf_counter() - start
         if self.options.granularity == "block" and sites:
-            sites = self._block(Block(walk, piece, importance), sites)
+            block = Block(walk, piece, importance)
+            sites = self._block(block, sites, self._share(len(sites), behind))
         self.sites += sites
+
+    def _share(self, layers: int, behind: int) -> float:
+        """Seconds to learn a block of so many layers, so that those behind it get theirs, too."""
+        each = self.layer_seconds / (len(self.sites) + layers)
+        free = self.deadline - time.perf_counter() - each * behind
+        return max(0.0, free * layers / (layers + behind))
 
     def _layer(self, walk: Walk, layer: Layer) -> Site:
         """Choose one layer's roundings, and its bias."""
@@ -277,15 +296,13 @@ class _Work:
             return False
         return constants[layer.bias].numel() == rounding.outputs
 
-    def _block(self, block: Block, sites: list[Site]) -> list[Site]:
-        """Learn what is in one block."""
-        options = self.options
-        learned = learn_roundings(block, sites, options.iterations, self.generator, self.deadline)
+    def _block(self, block: Block, sites: list[Site], seconds: float) -> list[Site]:
+        """Learn what is in one block: roundings in half of the time, scales in the other."""
+        options, half = self.options, seconds / 2
+        learned = learn_roundings(block, sites, options.iterations, self.generator, half)
         self.blocks += any(a is not b for a, b in zip(learned, sites, strict=True))
         scales = block_scales(self.simulation, block.piece) if options.learn_scales else []
-        if scales and learn_scales(
-            block, scales, options.iterations, self.generator, self.deadline
-        ):
+        if scales and learn_scales(block, scales, options.iterations, self.generator, half):
             for scale, names in scales:
                 dtype = self.simulation.plan.activations[names[0]].spec.dtype
                 self.scales |= dict.fromkeys(names, scale.qparams(dtype))

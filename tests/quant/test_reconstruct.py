@@ -556,6 +556,15 @@ def test_layers_without_time_are_rounded_to_nearest(narrow: Model, context: Cont
         assert np.array_equal(value.const_value.numpy(), other.numpy())
 
 
+def test_blocks_share_the_time_so_that_every_layer_is_reconstructed(
+    narrow: Model, context: Context
+) -> None:
+    endless = Reconstruct(granularity="block", iterations=10**7, samples=64, seconds=4)
+    details = endless.apply(narrow, context).history[-1].details
+    assert (details["layers"], details["left"]) == (4, 0)
+    assert details["seconds"] < 40
+
+
 def test_a_block_that_runs_out_of_time_keeps_what_its_layers_chose(narrow: Model) -> None:
     state = state_of(narrow, "test")
     simulation = Simulation.of(state)
@@ -571,7 +580,7 @@ def test_a_block_that_runs_out_of_time_keeps_what_its_layers_chose(narrow: Model
     generator = torch.Generator().manual_seed(0)
     block = Block(walk, piece, {})
     before = block.error()
-    kept = learn_roundings(block, [site], 50, generator, deadline=0.0)
+    kept = learn_roundings(block, [site], 50, generator, seconds=0.0)
     assert kept == [site]
     assert block.error() == before
     learned = learn_roundings(block, [site], 50, generator)
