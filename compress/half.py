@@ -187,7 +187,9 @@ class _Typer:
         axis = node.attributes.get_int("axis", 1)
         shape = [-1 if i == axis % len(integers.shape) else 1 for i in range(len(integers.shape))]
         factor = (old / new).reshape(shape if old.ndim else ())
-        numbers = np.rint(integers.numpy() * factor).astype(integers.numpy().dtype)
+        scaled = integers.numpy().astype(np.float64) * factor
+        whole = np.rint(scaled) if integers.dtype.is_integer() else scaled
+        numbers = whole.astype(integers.numpy().dtype)
         stored = new_constant(self.graph, numbers, f"{integers.name}/widened")
         wider = new_constant(self.graph, new.astype(np.float32), f"{scale.name}/widened")
         for value in (stored, wider):

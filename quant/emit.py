@@ -14,7 +14,11 @@ from quant.quantizer import quantize
 from quant.spec import QParams
 from quant.weight_only import write_product
 
-_STORAGE = {"int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
+_STORAGE = {
+    "int4": ml_dtypes.int4,
+    "uint4": ml_dtypes.uint4,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
 """Element types that numpy does not have; the other formats are stored in their own."""
 
 
@@ -22,9 +26,9 @@ def emit_qdq(graph_model: ir.Model, plan: QuantPlan) -> ir.Model:
     """A copy of the float model with QuantizeLinear/DequantizeLinear as the plan says.
 
     Weights are stored as integers, biases as int32 with scale s_x s_w unless the plan keeps them
-    in float. An absorbed activation
-    (Relu, Clip) disappears: the saturation of its producer's output does the same. The float
-    model is not changed; its other tensors are shared with the copy.
+    in float. An absorbed activation (Relu, Clip) disappears: the saturation of its producer's
+    output does the same. The float model is not changed; its other tensors are shared with the
+    copy.
     """
     model = graph_model.clone()
     emitter = _Emitter(model.graph, plan)
@@ -240,12 +244,12 @@ class _Emitter:
         """The dequantized reading of an initializer that is stored as integers."""
         name = value.name or ""
         if name not in self.floats and value.const_value is not None:
-            storage = _STORAGE.get(params.spec.dtype, params.zero_point.dtype)
-            numbers = quantize(value.const_value.numpy(), params).astype(storage)
+            zero = stored_zero_point(params)
+            numbers = quantize(value.const_value.numpy(), params).astype(zero.dtype)
             self.floats[name] = self.dequantized(
                 self.constant(f"{name}_int", numbers),
                 params.scale,
-                params.zero_point.astype(storage),
+                zero,
                 params.axis,
                 name,
                 params.spec.group,
@@ -306,7 +310,7 @@ class _Emitter:
     def scale_and_zero(self, name: str, params: QParams) -> tuple[ir.Value, ir.Value]:
         return (
             self.constant(f"{name}/scale", params.scale),
-            self.constant(f"{name}/zero", params.zero_point),
+            self.constant(f"{name}/zero", stored_zero_point(params)),
         )
 
     def constant(self, name: str, array: np.ndarray | np.generic) -> ir.Value:
@@ -326,7 +330,7 @@ class _Emitter:
         out = ir.node(op, inputs, name=name).outputs[0]
         out.name, out.shape, out.dtype = name, like.shape, ir.DataType.FLOAT
         if params is not None:
-            out.dtype = ir.DataType.from_numpy(params.zero_point.dtype)
+            out.dtype = ir.DataType.from_numpy(stored_zero_point(params).dtype)
         return out
 
     def insert_after(self, value: ir.Value, *made: ir.Value) -> None:
@@ -354,6 +358,11 @@ class _Emitter:
     def drop_if_unused(self, value: ir.Value) -> None:
         if not value.uses():
             self.graph.initializers.pop(value.name or "", None)
+
+
+def stored_zero_point(params: QParams) -> np.ndarray:
+    """The zero point in the element type that the quantized tensor has in ONNX."""
+    return params.zero_point.astype(_STORAGE.get(params.spec.dtype, params.zero_point.dtype))
 
 
 def integer_limits(bounds: tuple[float, float], params: QParams) -> dict[str, np.ndarray] | None:

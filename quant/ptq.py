@@ -23,6 +23,7 @@ from quant.weight_only import has_groups, stored_format, untransposed
 from quant.widths import (
     AUTO,
     AUTO_WIDTHS,
+    FLOATS,
     SiteFormat,
     Width,
     bits_of,
@@ -33,22 +34,26 @@ from quant.widths import (
 
 NATIVE: Width = 8
 """What targets have kernels for; other widths are weights only, or simulated."""
+FLOAT8 = "float8_e4m3fn"
+"""Some have kernels for it, too: for multiply-accumulates alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Quantize weights and activations to int8 where the target has int8 kernels.
 
-    Weights are symmetric, one scale per output channel; activations asymmetric, one scale per
+    Weights are symmetric, one scale per output channel; activations asymmetric unless the target
+    takes signed ones only, one scale per
     tensor (Krishnamoorthi 2018, arXiv 1806.08342, section 3). Ranges come from calibration
     data; without them from synthetic data that match the model's BatchNorm statistics (ZeroQ,
     arXiv 2001.00281); a model without BatchNorm gets dynamic and weight-only quantization.
 
     Attributes:
         bits: of weights and activations: 8; 4 where the target stores weights in int4 (they are
-            computed with in float); with `simulate` any format of `quant.spec`, such as 6 or
-            "fp8". Several, such as (4, 8), are spread over the operators: the least measured loss
-            at `average_bits`. "auto" is 8, and with `simulate` a choice from 4, 6 and 8.
+            computed with in float); "fp8" where it multiplies 8-bit floats; with `simulate` any
+            format of `quant.spec`, such as 6 or "fp8". Several, such as (4, 8), are spread over
+            the operators: the least measured loss at `average_bits`. "auto" is 8, and with
+            `simulate` a choice from 4, 6 and 8.
         activation_bits: of activations, where they differ from those of weights.
         edge_bits: of the first and the last operator with weights, if `bits` is less; they have
             few weights and lose most (Esser et al. 2020, arXiv 1902.08153, section 3).
@@ -107,6 +112,8 @@ class Quantize:
     @property
     def makes(self) -> str:
         """The precision of the result, for reports."""
+        if self._float8 and not self.simulate:
+            return "fp8"
         formats = [f"int{w}" if isinstance(w, int) else w for w in self.widths]
         if self.simulate:
             return f"simulated {' and '.join(formats)}"
@@ -119,7 +126,20 @@ class Quantize:
         """What the result is for; weights in fewer bits than are computed with are only smaller."""
         if self.simulate:
             return "numbers"
-        return "speed" if self.widths == (NATIVE,) else "size"
+        return "speed" if self.widths == (NATIVE,) or self._float8 else "size"
+
+    @property
+    def _float8(self) -> bool:
+        """Whether 8-bit floats alone are asked for, which some targets multiply."""
+        return len(self.widths) == 1 and FLOATS.get(str(self.widths[0])) == FLOAT8
+
+    def _facts(self, target: Target) -> Capabilities:
+        """What the target does in the format: in 8-bit floats it multiplies, and no more."""
+        facts = target.capabilities
+        if self.simulate or not self._float8:
+            return facts
+        products = tuple(pattern for pattern in facts.patterns if pattern.role == "matmul")
+        return dataclasses.replace(facts, patterns=products)
 
     def check(self, model: Model, target: Target) -> None:
         """Refuse what the target cannot run.
@@ -133,6 +153,8 @@ class Quantize:
                 f"Target {target.name} cannot run int8; it runs {', '.join(facts.precisions)}."
             )
         if self.simulate:
+            return
+        if self._float8 and FLOAT8 in facts.precisions and self.activation_bits is None:
             return
         stored = {form.removeprefix("int") for form in facts.weight_only}
         missing = [str(w) for w in self.widths if w != NATIVE and str(w) not in stored]
@@ -148,13 +170,14 @@ class Quantize:
 
     def apply(self, model: Model, context: Context) -> Model:
         """The QDQ model; the step's details say what was quantized, from which data, what not."""
-        capabilities = context.target.capabilities
+        capabilities = self._facts(context.target)
         self._check_names({node.name or "" for node in model.graph_model.graph})
         placement = self._place(model, capabilities, self.keep_float)
         chosen = self._widths(model, placement, context)
         group = self._group(capabilities)
         chosen = self._storable(model, chosen, capabilities, group)
-        narrow = {} if self.simulate else {n: w for n, w in chosen.items() if w != NATIVE}
+        native = self.simulate or self._float8
+        narrow = {} if native else {n: w for n, w in chosen.items() if w != NATIVE}
         plan, source, samples = QuantPlan(), "none: weights only", 0
         if narrow:
             untransposed(model.graph_model.graph, narrow)
@@ -200,7 +223,7 @@ class Quantize:
         data, _ = calibration_data(model, context, self.samples)
         if data is None:
             raise UnsupportedError("There are no data to see what each operator loses.")
-        placement = self._place(model, context.target.capabilities, self.keep_float)
+        placement = self._place(model, self._facts(context.target), self.keep_float)
         plan = self._plan(model, placement, {}, data, context)
         width = min(self.widths, key=bits_of)
         _, losses, found = losses_by_width(model, plan, data, (width,), context)
@@ -236,7 +259,7 @@ class Quantize:
         data: Data | None,
         context: Context,
     ) -> QuantPlan:
-        graph, capabilities = model.graph_model.graph, context.target.capabilities
+        graph, capabilities = model.graph_model.graph, self._facts(context.target)
         if data is None and not capabilities.dynamic:
             raise UnsupportedError(
                 f"There are no data for activation ranges, and without BatchNorm none can be made; "
@@ -257,6 +280,9 @@ class Quantize:
         formats = {}
         if self.simulate:
             formats = {n: self._simulated(w, capabilities) for n, w in chosen.items()}
+        elif self._float8:
+            form = self._simulated(self.widths[0], capabilities)
+            formats = {name: form for name, role in placement.roles.items() if role == "matmul"}
         return static_plan(
             graph, placement, observers, capabilities, self.method, self.per_channel, formats
         )
@@ -299,7 +325,7 @@ class Quantize:
         self, model: Model, chosen: dict[str, Width], capabilities: Capabilities, group: int
     ) -> dict[str, Width]:
         """Without the narrow widths of weights that cannot be stored in the target's groups."""
-        if self.simulate or not capabilities.weight_groups:
+        if self.simulate or self._float8 or not capabilities.weight_groups:
             return chosen
         nodes = {node.name or "": node for node in model.graph_model.graph}
         narrow = [name for name, width in chosen.items() if width != NATIVE]

@@ -21,6 +21,10 @@ SCHEMES: Final = f"{DOCS}/inference-library/quantized-types-schemes.html"
 WORKFLOWS: Final = f"{DOCS}/inference-library/quantized-types-workflows.html"
 SUPPORT: Final = "https://docs.nvidia.com/deeplearning/tensorrt/support-matrix"
 _PLACEMENT = f"Q/DQ Layer-Placement Recommendations, {EXPLICIT}"
+_MATRICES = (
+    f"{_PLACEMENT}; unverified with scales per channel and inputs of more than two axes: the "
+    f"TensorRT 8 Developer Guide, 7.1.3, names matrices"
+)
 _PROCESSING = f"TensorRT Processing of Q/DQ Networks (layers that commute with Q/DQ), {EXPLICIT}"
 _POINTWISE = f"unverified: pointwise fusion behind a weighted layer; {_PLACEMENT}"
 _MOVES = f"unverified for this operator: it moves values, so it commutes with Q/DQ; {_PROCESSING}"
@@ -30,7 +34,7 @@ PATTERNS: Final = (
     FusablePattern("Conv", "matmul", _PLACEMENT, float_output=True, max_rank=5),
     FusablePattern("ConvTranspose", "matmul", _PLACEMENT, float_output=True, max_rank=5),
     FusablePattern("Gemm", "matmul", _PLACEMENT, float_output=True),
-    FusablePattern("MatMul", "matmul", _PLACEMENT, float_output=True),
+    FusablePattern("MatMul", "matmul", _MATRICES, float_output=True),
     # The addition of a residual is fused into the layer that writes the other operand.
     FusablePattern("Add", "elementwise", _PLACEMENT, fused_operand=True, shared_scale=True),
     FusablePattern("Mul", "elementwise", _POINTWISE),

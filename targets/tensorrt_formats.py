@@ -30,6 +30,7 @@ LAYER: Final = (
 )
 PARSER: Final = "github.com/onnx/onnx-tensorrt, onnxOpImporters.cpp, QuantDequantLinearHelper"
 ONNX_SUPPORT: Final = f"ONNX Support, {EXPLICIT}"
+GUIDE: Final = "TensorRT 8 Developer Guide, 7.1.3 Per-Tensor and Per-Channel Quantization"
 OLD_GUIDE: Final = "TensorRT 7.2 Developer Guide, Working With Quantized Networks"
 
 _INT8, _INT4 = ir.DataType.INT8, ir.DataType.INT4
@@ -247,8 +248,8 @@ RULES: Final = (
     Rule("scale_positive", "error", PARSER, _scale_not_positive),
     Rule("scale_shape", "error", PARSER, _scale_shape),
     Rule("scale_type", "error", LAYER, _scale_type),
-    Rule("weight_axis", "error", ONNX_SUPPORT, _weight_axis),
-    Rule("activation_scales", "error", WORKFLOWS, _activation_scales),
+    Rule("weight_axis", "error", f"{GUIDE}; {ONNX_SUPPORT}", _weight_axis),
+    Rule("activation_scales", "error", f"{GUIDE}; {WORKFLOWS}", _activation_scales),
     Rule("int4_weights", "error", SCHEMES, _int4_elsewhere),
     Rule("int4_blocks", "error", WORKFLOWS, _int4_blocks),
     Rule("int4_packing", "error", PARSER, _int4_odd),

@@ -139,6 +139,8 @@ def _residual_scales(network: Network) -> Found:
         first, second = (network.reading(operand(node, index)) for index in (0, 1))
         if first is None or second is None or first.constant or second.constant:
             continue
+        if ir.DataType.INT8 not in (first.dtype, second.dtype):
+            continue
         if not first.same_scale(second):
             yield node, "its two branches are quantized with different scales; let them share one."
 
@@ -148,7 +150,8 @@ def _kernel(network: Network, value: ir.Value | None) -> ir.Node | None:
     node = value.producer() if value is not None else None
     if node is None or value is None or node.op_type not in WEIGHTED or len(value.uses()) > 1:
         return None
-    return node if network.reading(operand(node, 0)) is not None else None
+    found = network.reading(operand(node, 0))
+    return node if found is not None and found.dtype == ir.DataType.INT8 else None
 
 
 def _is_quantized_later(node: ir.Node) -> bool:

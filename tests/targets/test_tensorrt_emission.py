@@ -36,11 +36,12 @@ W, V, B = (8, 3, 3, 3), (8, 8, 3, 3), (8,)
 class Checked:
     """TensorRT's capabilities; what is built for them here runs in ONNX Runtime."""
 
+    gpu: Gpu | None = None
     name: ClassVar[str] = "tensorrt"
 
     @property
     def capabilities(self) -> Capabilities:
-        return tensorrt_capabilities()
+        return tensorrt_capabilities(self.gpu)
 
     def check(self) -> Check:
         return Check(available=True)
@@ -177,11 +178,11 @@ class Emitted:
         return QuantPlan.from_dict(self.int8.history[-1].details["plan"])
 
 
-def quantize(model: Model, inputs: Arrays, **options: Any) -> Model:
-    context = Context(target=Checked(), original=model, calibration=load_data(inputs, model.inputs))
+def quantize(model: Model, inputs: Arrays, gpu: Gpu | None = None, **options: Any) -> Model:
+    target, data = Checked(gpu), load_data(inputs, model.inputs)
     step = Quantize(method="minmax", **options)
-    step.check(model, Checked())
-    return step.apply(model, context)
+    step.check(model, target)
+    return step.apply(model, Context(target=target, original=model, calibration=data))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -332,6 +333,28 @@ def test_int4_weights_are_blocked(onnx_model: Callable[..., Model]) -> None:
     half = to_half(done.graph_model)
     assert broken(half) == []
     assert sqnr_db(got, evaluate(half, inputs)) > 45
+
+
+def test_float8_breaks_no_rule_and_agrees(emitted: Emitted) -> None:
+    done = quantize(emitted.model, emitted.inputs, Gpu("some GPU", (8, 9)), bits="fp8")
+    assert broken(done.graph_model) == []
+    pairs = [n for n in done.graph_model.graph if n.op_type == "DequantizeLinear"]
+    assert {node.inputs[0].dtype for node in pairs} == {ir.DataType.FLOAT8E4M3FN}
+    for node in done.graph_model.graph:
+        if node.op_type in WEIGHTED:
+            producers = [value.producer() for value in node.inputs[:2]]
+            assert [p.op_type for p in producers] == ["DequantizeLinear"] * 2
+    got = run(reference_session(done.graph_model), emitted.inputs)
+    assert sqnr_db(emitted.expected, got) > 20
+    assert broken(to_half(done.graph_model)) == []
+
+
+def test_float8_is_refused_by_older_gpus(onnx_model: Callable[..., Model]) -> None:
+    model = onnx_model(f"g ({IMAGE}) => ({MAPS}) {{[a] y = Conv{PAD}(x, w)}}", w=W)
+    with pytest.raises(UnsupportedError, match="fp8"):
+        Quantize(bits="fp8").check(model, Checked(Gpu("some GPU", (8, 6))))
+    with pytest.raises(UnsupportedError, match="fp8"):
+        Quantize(bits="fp8").check(model, OnnxRuntime())
 
 
 def test_int4_is_refused_where_no_layer_takes_it(onnx_model: Callable[..., Model]) -> None:
