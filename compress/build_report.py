@@ -42,11 +42,12 @@ _SAMPLES = 64
 def judge(one: Building, comparison: Comparison, earlier: Mapping[str, Any]) -> Measured:
     """Accuracy from the fastest on, until one keeps the limit; fidelity of every candidate.
 
-    Without evaluation data the verdicts of the simulation, in the earlier report, stand.
+    Without evaluation data the verdicts of the simulation, which the earlier report has, stand.
     """
     limits, base = one.limits, one.baseline
     sites = graph_sites(one.models[base].graph_model)
-    simulated = {row["name"]: row for row in earlier["candidates"]}
+    prepared = earlier["prepared"] or earlier
+    simulated = {row["name"]: row for row in prepared["candidates"]}
     order = sorted(comparison.ratios, key=lambda name: -comparison.ratios[name].value)
     scores: dict[str, Score] = {}
     found = False
@@ -116,10 +117,8 @@ def report(one: Building, measured: Measured, earlier: Mapping[str, Any]) -> Rep
     machine = this_machine()
     narrow = chosen if decision.chosen != one.baseline else measured.all[-1]
     sites = graph_sites(one.models[one.baseline].graph_model)
-    before = earlier["prepared"] or {
-        key: earlier[key]
-        for key in ("headline", "candidates", "machine", "versions", "command", "created")
-    }
+    kept = ("headline", "candidates", "machine", "versions", "command", "created")
+    before = earlier["prepared"] or {key: earlier[key] for key in kept}
     return dataclasses.replace(
         Report.from_dict(earlier),
         headline=(*decision.sentences, *_remarks(one, earlier)),

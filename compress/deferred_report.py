@@ -51,6 +51,9 @@ def report(given: Preparation, found: Prepared) -> Report:
     """The report of what is not built and not measured."""
     sites = graph_sites(given.exported.graph_model)
     shown = found.narrow or found.variants[-1]
+    why = reasons(shown.model)
+    if found.narrow is None:
+        why = dict.fromkeys((site.name for site in sites), "there is no int8 candidate")
     calibration = range_facts([v.model for v in found.variants])
     machine = this_machine()
     return Report(
@@ -65,7 +68,7 @@ def report(given: Preparation, found: Prepared) -> Report:
         chosen="",
         budget=given.limits.to_dict(),
         candidates=tuple(_candidate(given, found, variant) for variant in found.variants),
-        sites=site_rows(sites, found.engines[shown.name].kernels(), reasons(shown.model)),
+        sites=site_rows(sites, found.engines[shown.name].kernels(), why),
         ladder=tuple(map(dataclasses.asdict, found.climbed.attempts)) if found.climbed else (),
         steps=tuple(step_facts(step) for step in shown.model.history),
         latency={},

@@ -264,6 +264,8 @@ def test_16_bits_prepare_floats_alone(cli: Cli, tiny_onnx: Path, tmp_path: Path)
     given = ("run", tiny_onnx, "--target", "tensorrt", "--bits", 16, "--out", out)
     assert cli(*given).code == PREPARED
     assert [row["name"] for row in report_of(out)["candidates"]] == CANDIDATES[:2]
+    (conv, *_) = report_of(out)["sites"]
+    assert (conv["precision"], conv["reason"]) == ("float16", "there is no int8 candidate")
 
 
 @pytest.mark.parametrize(
