@@ -260,6 +260,18 @@ class Shipped(Protocol):
 
 
 @runtime_checkable
+class Prepared(Protocol):
+    """An isolated target whose builds begin with long work that cannot crash and that it keeps."""
+
+    def prepare(self, model: Model) -> None:
+        """Do that work here, so that the other process finds it done.
+
+        Raises:
+            EngineError: the model is refused.
+        """
+
+
+@runtime_checkable
 class ManyRuntimes(Protocol):
     """A target that several runtimes can serve; each is a target of its own."""
 

@@ -16,7 +16,7 @@ from compress.lowering import Lowered
 from compress.model import Model
 from compress.passes import Compressing, Pass
 from compress.progress import Tracker
-from compress.target import FLOATS, Elsewhere, Engine, Isolated, Target
+from compress.target import FLOATS, Elsewhere, Engine, Isolated, Prepared, Target
 from compress.trial import Trials
 from compress.workload import Workload
 
@@ -229,6 +229,8 @@ class Screening:
         ]
 
     def _build(self, variant: Variant) -> Engine:
+        if isinstance(variant.target, Prepared):
+            variant.target.prepare(variant.model)
         if isinstance(variant.target, Isolated):
             self.trials.survives(variant.target, variant.model, self.workload.inputs)
         return variant.target.build(variant.model)

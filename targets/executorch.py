@@ -6,12 +6,15 @@ import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.machine import Machine, this_machine
 from compress.model import Model
 from compress.target import Capabilities, Check, Engine, FusablePattern
 from targets.threads import check_threads, int8_notes, usable_threads
+
+if TYPE_CHECKING:
+    from targets.executorch_files import Program
 
 OPSET = 21
 _GEMM = "executorch 1.5 backends/xnnpack/partition/config/gemm_configs.py: STATIC_QUANT"
@@ -75,14 +78,15 @@ class ExecuTorch:
             return Check(available=True)
         return Check(False, "ExecuTorch is not installed.", "pip install 'hwcompress[executorch]'")
 
+    def prepare(self, model: Model) -> None:
+        """Make the program, which the build in another process then finds in the cache."""
+        self._lowered(model)
+
     def build(self, model: Model) -> Engine:
         """The program of a model, loaded."""
-        from targets.executorch_engine import ExecuTorchEngine, lowered
+        from targets.executorch_engine import ExecuTorchEngine
 
-        integers = any(node.op_type == "DequantizeLinear" for node in model.graph_model.graph)
-        name = f"ExecuTorch {'int8' if integers else 'float32'}"
-        program = lowered(name, model.graph_model, model.inputs)
-        return ExecuTorchEngine(program, usable_threads(self.threads))
+        return ExecuTorchEngine(self._lowered(model), usable_threads(self.threads))
 
     def load(self, directory: Path) -> Engine:
         """The program of an artifact's `model.pte`."""
@@ -90,6 +94,13 @@ class ExecuTorch:
         from targets.executorch_files import Program
 
         return ExecuTorchEngine(Program.read(directory), usable_threads(self.threads))
+
+    def _lowered(self, model: Model) -> Program:
+        from targets.executorch_engine import lowered
+
+        integers = any(node.op_type == "DequantizeLinear" for node in model.graph_model.graph)
+        name = f"ExecuTorch {'int8' if integers else 'float32'}"
+        return lowered(name, model.graph_model, model.inputs)
 
 
 @functools.cache

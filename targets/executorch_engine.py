@@ -11,10 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.errors import CompressError, EngineError, OutputError
-from compress.graph import graph_sha256
 from compress.model import Arrays, TensorSpec
 from compress.target import Kernel, KernelTime
-from targets.executorch_files import SITE, Cache, Program
+from targets.executorch_files import SITE, Cache, Program, fingerprint
 from targets.executorch_runtime import Method, imported, last_words, quiet
 
 BACKEND = "XNNPACK"
@@ -29,8 +28,7 @@ def lowered(name: str, graph_model: ir.Model, inputs: tuple[TensorSpec, ...]) ->
     Raises:
         EngineError: ExecuTorch refuses the graph.
     """
-    outputs = [f"{value.name} {value.shape}" for value in graph_model.graph.outputs]
-    key = Cache.key(name, graph_sha256(graph_model), str(inputs), *outputs)
+    key = Cache.key(name, fingerprint(graph_model), str(inputs))
     if (program := _HELD.get(key)) is None:
         cache = Cache()
         program = cache.get(key)

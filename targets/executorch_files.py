@@ -11,6 +11,10 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
 
 from compress.errors import LoadError
 from compress.model import TensorSpec
@@ -85,6 +89,35 @@ class Program:
             if isinstance(error, LoadError):
                 raise
             raise LoadError(f"{path} is damaged: {error}. Run `compress run` again.") from error
+
+
+def fingerprint(graph_model: ir.Model) -> str:
+    """Hash of what a program is made from; of a graph that was written and read again the same."""
+    digest = hashlib.sha256()
+    for node in graph_model.graph:
+        if node.op_type == "Constant":
+            continue
+        values = [
+            [v.name if v is not None else "" for v in vs] for vs in (node.inputs, node.outputs)
+        ]
+        found = sorted(node.attributes.items())
+        attributes = [(key, _plain(a.value)) for key, a in found if isinstance(a, ir.Attr)]
+        digest.update(repr((node.domain, node.op_type, node.name, values, attributes)).encode())
+        for value in node.inputs:
+            if value is not None and value.const_value is not None:
+                digest.update(_plain(value.const_value).encode())
+    outputs = [f"{value.name} {value.shape}" for value in graph_model.graph.outputs]
+    return f"{digest.hexdigest()} {outputs}"
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as a file holds it: floats have 32 bits, a tensor is told by its hash."""
+    if isinstance(value, ir.TensorProtocol):
+        array = np.ascontiguousarray(value.numpy())
+        return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    return float(np.float32(value)) if isinstance(value, float) else str(value)
 
 
 class Cache:

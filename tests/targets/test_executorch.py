@@ -260,6 +260,7 @@ MANY = """g (float[batch,4,6] x, int64[batch,6] ids) => (float[batch,4,8] y, flo
 
 
 @installed
+@pytest.mark.slow
 def test_operators_beyond_int8_are_computed_too(onnx_model: Build) -> None:
     """In XNNPACK's float kernels, or in those that ExecuTorch has for everything."""
     model = onnx_model(
@@ -284,6 +285,7 @@ def test_what_torch_lacks_is_an_engine_error(onnx_model: Build) -> None:
 
 
 @installed
+@pytest.mark.slow
 def test_a_run_leaves_a_program_and_says_what_is_delegated(
     cli: Callable[..., Any], tiny_onnx: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +322,7 @@ print("same" if before == after else "changed")
 
 
 @installed
+@pytest.mark.slow
 def test_nothing_reaches_the_terminal_or_the_process() -> None:
     ran = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

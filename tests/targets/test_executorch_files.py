@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from compress.errors import LoadError
+from compress.loading import load
 from compress.model import TensorSpec
+from compress.reference import save_onnx
 from compress.target import Kernel
-from targets.executorch_files import DESCRIPTION, PROGRAM, Cache, Program
+from compress.testing import tiny_exported
+from targets.executorch_files import DESCRIPTION, PROGRAM, Cache, Program, fingerprint
 
 MADE = Program(
     name="ExecuTorch int8",
@@ -62,6 +66,30 @@ def test_a_description_that_says_something_else_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     with pytest.raises(LoadError, match=r"model\.(json is damaged|pte is not what was written)"):
         Program.read(tmp_path)
+
+
+def test_a_graph_that_was_written_and_read_has_the_same_fingerprint(tmp_path: Path) -> None:
+    model = tiny_exported(21)
+    path = tmp_path / "model.onnx"
+    save_onnx(model.graph_model, path)
+    assert fingerprint(load(path).graph_model) == fingerprint(model.graph_model)
+
+
+@pytest.mark.parametrize("what", ["weight", "attribute", "name", "output"])
+def test_another_graph_has_another_fingerprint(what: str) -> None:
+    model = tiny_exported(21)
+    graph = model.graph_model.graph
+    before = fingerprint(model.graph_model)
+    if what == "weight":
+        weight = graph.initializers["8.weight"]
+        weight.const_value = ir.tensor(weight.const_value.numpy() + 1e-6)
+    elif what == "attribute":
+        graph[0].attributes["group"] = ir.AttrInt64("group", 3)
+    elif what == "name":
+        graph[0].name = "another"
+    else:
+        graph.outputs[0].name = "another"
+    assert fingerprint(model.graph_model) != before
 
 
 def test_the_cache_gives_back_what_it_was_given(cache: Cache) -> None:
