@@ -114,13 +114,12 @@ def usability(found: Mapping[str, Any]) -> tuple[str, ...]:
     if found["failure"]:
         return (f"ONNX Runtime's mobile checker gave no verdict: {found['failure']}",)
     xnnpack = found["xnnpack"]
-    rest = ", ".join(xnnpack["unsupported"])
+    rest = ", ".join(xnnpack["unsupported"]) or "nothing"
     sentences = [
-        f"ONNX Runtime's mobile checker: the CPU provider runs all operators; by the documented "
-        f"list XNNPACK takes {xnnpack['supported']} of {xnnpack['nodes']} nodes of {MODEL} in "
-        f"{xnnpack['partitions']} parts"
-        + (f" and leaves {rest} to it" if rest else "")
-        + f"; with CoreML: {found['coreml']}. NNAPI is deprecated in Android 15 and not checked."
+        f"ONNX Runtime's mobile checker: the CPU provider runs all operators. XNNPACK takes "
+        f"{xnnpack['supported']} of {xnnpack['nodes']} nodes of {MODEL} by its documented list, in "
+        f"{xnnpack['partitions']} groups, and leaves {rest}. With CoreML: {found['coreml']}. NNAPI "
+        f"is deprecated in Android 15 and was not checked."
     ]
     if found["dynamic_inputs"]:
         sentences.append(

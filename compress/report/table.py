@@ -252,7 +252,7 @@ def predicted_sentence(predicted: Mapping[str, Any]) -> str:
     """What the figures are, and on how firm a ground they stand."""
     device = predicted["device"]
     facts = device["facts"]
-    doubtful = [about for about, fact in facts.items() if fact["kind"] == "unverified"]
+    doubtful = [fact for fact in facts.values() if fact["kind"] == "unverified"]
     narrow = "" if predicted["operators"] == "as placed" else " (all operators)"
     sentence = (
         f"Predicted from the sheet of {device['title']}, not measured: the sum over operators of "
@@ -260,5 +260,5 @@ def predicted_sentence(predicted: Mapping[str, Any]) -> str:
         f"these peaks, so the device takes longer."
     )
     if doubtful:
-        sentence += f" Unverified in the sheet: {', '.join(doubtful)}."
+        sentence += f" {len(doubtful)} of the sheet's {len(facts)} facts are unverified."
     return sentence

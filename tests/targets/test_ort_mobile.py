@@ -16,6 +16,7 @@ import pytest
 
 import compress
 from compress.errors import EngineError, LoadError, UsageError
+from compress.exits import USAGE
 from compress.graph import graph_sites
 from compress.model import Model
 from compress.pipeline import RunResult
@@ -186,6 +187,7 @@ def test_the_checker_speaks_in_sentences(ran: RunResult) -> None:
     # Two convolutions with the Relu and the Q and DQ around them; the rest is left.
     assert "XNNPACK takes" in verdict
     assert "leaves Add, " in verdict
+    assert "Conv" not in verdict.partition("leaves")[2].partition(".")[0]
     assert "CoreML: MLProgram" in verdict
     assert "NNAPI is deprecated" in verdict
     assert shapes.startswith("Inputs x have open sizes")
@@ -282,3 +284,9 @@ def test_what_cannot_be_done_is_refused_before_work(
     with pytest.raises(UsageError, match=part):
         compress.run(tiny_onnx, target="ort-mobile", out=tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
+
+
+def test_the_command_takes_a_device(cli: Callable[..., Any], tiny_onnx: Path) -> None:
+    result = cli("run", tiny_onnx, "--target", "ort-mobile", "--device", "pixel-0")
+    assert result.code == USAGE
+    assert "There is no device sheet called 'pixel-0'" in result.err
