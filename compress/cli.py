@@ -232,7 +232,10 @@ def bench(
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Measure latency, several models in turns: here, or with --device on other machines."""
+    """Measure latency, several models in turns.
+
+    Here, or with --device on other machines, which also compares their outputs with those here.
+    """
     from compress import render
     from compress.side_by_side import bench as measure_all
     from compress.side_by_side import bench_on
