@@ -293,7 +293,7 @@ def bench(
 ) -> None:
     """Measure latency, several models in turns.
 
-    Here, or with --device on other machines.
+    Here, or with --device on other machines, which also compares their outputs with those here.
     """
     from compress import render
     from compress.side_by_side import bench as measure_all

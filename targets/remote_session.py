@@ -232,6 +232,6 @@ class Session:
             has = f"it has no {python}"
             install = f"Install Python 3.8 or newer with {' and '.join(packages)} there"
         return (
-            f"{self.address} cannot run this: {has}{tool}. {install}, or name the Python of another "
-            f"environment: {self.address}?python=/path/to/bin/python."
+            f"{self.address} cannot run this: {has}{tool}. {install}, or name the Python of "
+            f"another environment: {self.address}?python=/path/to/bin/python."
         )
