@@ -60,7 +60,7 @@ def test_what_is_missing_is_named_with_what_to_install(target: Target) -> None:
 @without_gpu
 def test_the_reason_names_everything_that_is_missing() -> None:
     found = find_gpu()
-    assert isinstance(found, str) is (found in CHECK.reason if isinstance(found, str) else False)
+    assert isinstance(found, Gpu) or found in CHECK.reason
     assert ("torch is built without CUDA" in CHECK.reason) is (torch_build() is None)
     assert ("no CUDA execution provider" in CHECK.reason) is (not has_provider())
     assert ("pip install" in CHECK.install) is (torch_build() is None or not has_provider())
