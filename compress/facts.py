@@ -62,7 +62,13 @@ def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
 
 def data_remarks(calibration: Mapping[str, Any], exported: Model) -> list[str]:
     """What a reader must know about ranges and about operators that nobody counts."""
-    remarks = []
+    remarks = [
+        f"The shape of an input was assumed: {spec}; "
+        f"neither the file nor --input says it. Give --input where the network was trained with "
+        f"another."
+        for spec in exported.inputs
+        if spec.assumed
+    ]
     source = calibration["ranges_from"]
     if source and source != "calibration data":
         remarks.append(f"No calibration data were given; ranges come from {source}.")

@@ -31,11 +31,13 @@ class TensorSpec:
         shape: sizes; a string is the name of a dynamic axis, which may only be the batch
             (axis 0) once a model is loaded.
         dtype: numpy's name of the element type.
+        assumed: neither the file nor the user said the shape.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
+    assumed: bool = field(default=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> TensorSpec:

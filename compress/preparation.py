@@ -250,6 +250,11 @@ def _axes(spec: TensorSpec, sample: tuple[int, ...], layout: Layout) -> tuple[in
     if len(sample) == 3 and len(wanted) == 3:
         moved = [order for order in (_TO_FIRST, _TO_LAST) if _reordered(sample, order) == wanted]
         options.extend(moved)
+    if not options and spec.assumed:
+        raise DataError(
+            f"One sample for input {spec.name!r} has shape {_text(sample)}; the model does not say "
+            f"what it takes, and {_text(wanted)} was assumed. Give --input with the right shape."
+        )
     if not options:
         raise DataError(
             f"One sample for input {spec.name!r} has shape {_text(sample)}, and the model takes "

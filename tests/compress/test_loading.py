@@ -19,12 +19,16 @@ import torch
 from onnx import helper
 from torch import nn
 
+from compress.data import load_data
 from compress.errors import (
+    DataError,
     LoadError,
     MissingExtraError,
     UnsupportedError,
     UsageError,
 )
+from compress.export import to_onnx
+from compress.facts import data_remarks
 from compress.formats.file_kind import FileKind, file_kind
 from compress.loading import load, to_torch
 from compress.model import BATCH, TensorSpec
@@ -540,6 +544,29 @@ def test_inputs_follow_the_signature() -> None:
 def test_wrong_inputs_of_a_module(inputs: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         load(TwoInputs(), inputs=inputs)
+
+
+def test_photographs_are_assumed_for_a_script_that_begins_with_three_channels(
+    tmp_path: Path,
+) -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+    torch.jit.save(torch.jit.script(network.eval()), tmp_path / "net.pt")
+    model = load(tmp_path / "net.pt")
+    assert [str(spec) for spec in model.inputs] == ["input:1x3x224x224:float32"]
+    assert model.inputs[0].assumed
+    (remark,) = data_remarks({"ranges_from": ""}, to_onnx(model, 21))
+    assert "input:batchx3x224x224:float32" in remark
+    with pytest.raises(DataError, match=r"3x32x32; .* 3x224x224 was assumed. Give --input"):
+        load_data(np.zeros((2, 3, 32, 32), np.float32), model.inputs)
+    assert not load(tmp_path / "net.pt", inputs=["1x3x8x8"]).inputs[0].assumed
+
+
+def test_nothing_is_assumed_for_other_scripts(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(3, 4)), tmp_path / "net.pt")
+    with pytest.raises(UsageError, match="does not say what shape its input"):
+        load(tmp_path / "net.pt")
 
 
 def test_inputs_that_contradict_the_file_name_both(tmp_path: Path) -> None:
