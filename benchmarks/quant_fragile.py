@@ -371,6 +371,9 @@ def print_entry(key: str, entry: dict[str, Any], console: Console) -> None:
     """Drops in points, with their intervals."""
     if "error" in entry:
         console.print(f"{key}: {entry['error']}", markup=False)
+    elif "cells" in entry and "top1_float" not in entry:
+        for width, cell in entry["cells"].items():
+            console.print(f"{key}: {width}: {cell['artifact']}, {cell['points']:+.2f} points")
     elif "cells" in entry:
         table = Table("rung", *entry["cells"], title=f"{key}: drop in points")
         for rung in dict.fromkeys(r for column in entry["cells"].values() for r in column):
