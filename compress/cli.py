@@ -417,7 +417,10 @@ def profile(
 
 @_command("targets", "compress targets", "compress targets --devices", "compress targets --json")
 def targets(devices: options.DeviceSheets = False, as_json: options.Json = False) -> None:
-    """List the targets and whether they work here."""
+    """List the targets and whether they work here.
+
+    With --devices, the sheets of phones and boards that --device of `run` takes.
+    """
     from compress import doctor, render
     from compress.device_sheets import SHEETS
 
