@@ -110,10 +110,10 @@ class TensorRT:
 
     def load(self, directory: Path) -> Engine:
         """The engine of an artifact whose files `compress.load` has compared with its report."""
-        from targets.tensorrt_engine import load_engine
+        from targets.tensorrt_engine import TensorRtEngine
 
-        path = directory / ENGINE
-        return load_engine("TensorRT", path, host_code=self.version_compatible)
+        plan = (directory / ENGINE).read_bytes()
+        return TensorRtEngine("TensorRT", plan, host_code=self.version_compatible)
 
     def check_input(self, model: Model) -> tuple[str, ...]:
         """What TensorRT 10 and 11 do otherwise than the graph says, in sentences.
@@ -169,7 +169,8 @@ class TensorRT:
         }
 
     def _build(self, model: Model, timings: Path | None) -> Engine:
-        from targets.tensorrt_engine import BuildSettings, build_engine
+        from targets.tensorrt_build import BuildSettings, build_plan
+        from targets.tensorrt_engine import TensorRtEngine
 
         settings = BuildSettings(
             workspace_bytes=self.workspace_mib << 20,
@@ -178,7 +179,8 @@ class TensorRT:
             hardware_compatible=self.hardware_compatible,
             timings=timings,
         )
-        return build_engine(_name(model), model, settings)
+        plan = build_plan(model, settings)
+        return TensorRtEngine(_name(model), plan, host_code=self.version_compatible)
 
 
 def _capabilities(found: Gpu | str) -> Capabilities:
