@@ -54,6 +54,8 @@ def report(given: Preparation, found: Prepared) -> Report:
     why = reasons(shown.model)
     if found.narrow is None:
         why = dict.fromkeys((site.name for site in sites), "there is no int8 candidate")
+    kernels = found.engines[shown.name].kernels()
+    why = {**{k.site: "it is to run in float8" for k in kernels if k.precision == "float8"}, **why}
     calibration = range_facts([v.model for v in found.variants])
     machine = this_machine()
     return Report(
@@ -68,7 +70,7 @@ def report(given: Preparation, found: Prepared) -> Report:
         chosen="",
         budget=given.limits.to_dict(),
         candidates=tuple(_candidate(given, found, variant) for variant in found.variants),
-        sites=site_rows(sites, found.engines[shown.name].kernels(), why),
+        sites=site_rows(sites, kernels, why),
         ladder=tuple(map(dataclasses.asdict, found.climbed.attempts)) if found.climbed else (),
         steps=tuple(step_facts(step) for step in shown.model.history),
         latency={},

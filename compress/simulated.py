@@ -21,6 +21,10 @@ from compress.target import Capabilities, Check, Engine, Kernel, KernelTime, Tar
 
 WHERE = "simulated in ONNX Runtime"
 _WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_STORED: dict[ir.DataType | None, str] = {
+    ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "float8",
+}
 _HALF = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
@@ -91,15 +95,17 @@ class Simulated:
 
 
 def _asked(node: ir.Node) -> str:
-    """int8 where both operands come from DequantizeLinear, else the type of the output."""
-    operands = [value for value in node.inputs[:2] if value is not None]
-    makers = [value.producer() for value in operands]
-    if all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers):
-        return "int8" if all(map(_in_int8, makers)) else "float32"
+    """The type that both operands were stored in before DequantizeLinear, else the output's."""
+    stored = {_stored(value) for value in node.inputs[:2]}
+    if len(stored) == 1 and None not in stored:
+        return _STORED.get(stored.pop(), "float32")
     dtype = node.outputs[0].dtype
     return _HALF.get(dtype, "float32") if dtype is not None else "float32"
 
 
-def _in_int8(maker: ir.Node | None) -> bool:
-    stored = maker.inputs[0] if maker is not None else None
-    return stored is not None and stored.dtype in (None, ir.DataType.INT8, ir.DataType.UINT8)
+def _stored(value: ir.Value | None) -> ir.DataType | None:
+    """What DequantizeLinear reads to give this value; None where it gives none."""
+    maker = value.producer() if value is not None else None
+    if maker is None or maker.op_type != "DequantizeLinear" or maker.inputs[0] is None:
+        return None
+    return maker.inputs[0].dtype

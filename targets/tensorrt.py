@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -50,6 +51,8 @@ class TensorRT:
         hardware_compatible: GPUs that the engine also runs on besides the one that built it: none,
             every one since Ampere, or all of the same compute capability.
         timing_cache: measurements of kernels are kept beside the artifact for the next build.
+        compute_capability: of the GPU that it is for, such as "8.9", where this machine has none;
+            it decides which formats there are.
     """
 
     batch: int = 1
@@ -59,6 +62,7 @@ class TensorRT:
     version_compatible: bool = False
     hardware_compatible: HardwareCompatibility = "none"
     timing_cache: bool = True
+    compute_capability: str = ""
 
     name: ClassVar[str] = "tensorrt"
 
@@ -78,11 +82,21 @@ class TensorRT:
                 f"There is no hardware_compatible {self.hardware_compatible!r}; choose from "
                 f"{allowed}."
             )
+        if self.compute_capability and not re.fullmatch(r"\d+\.\d", self.compute_capability):
+            raise UsageError(
+                f"compute_capability {self.compute_capability!r} is none; write 8.9, for example."
+            )
 
     @property
     def capabilities(self) -> Capabilities:
-        """What TensorRT wants, on the GPU of this machine or on any since Ampere."""
-        return _capabilities(find_gpu())
+        """What TensorRT wants, on this machine's GPU, on the one named, or on any since Ampere."""
+        found = find_gpu()
+        known = Known(found.name, found.compute_capability) if isinstance(found, Gpu) else None
+        if known is None and self.compute_capability:
+            major, minor = self.compute_capability.split(".")
+            known = Known(f"A GPU of {self.compute_capability}", (int(major), int(minor)))
+        facts = tensorrt_capabilities(known)
+        return dataclasses.replace(facts, notes=(UNVERIFIED, *facts.notes))
 
     def check(self) -> Check:
         """Whether engines can be built here; everything that is missing, if not."""
@@ -110,10 +124,10 @@ class TensorRT:
 
     def load(self, directory: Path) -> Engine:
         """The engine of an artifact whose files `compress.load` has compared with its report."""
-        from targets.tensorrt_engine import load_engine
+        from targets.tensorrt_engine import TensorRtEngine
 
-        path = directory / ENGINE
-        return load_engine("TensorRT", path, host_code=self.version_compatible)
+        plan = (directory / ENGINE).read_bytes()
+        return TensorRtEngine("TensorRT", plan, host_code=self.version_compatible)
 
     def check_input(self, model: Model) -> tuple[str, ...]:
         """What TensorRT 10 and 11 do otherwise than the graph says, in sentences.
@@ -169,7 +183,8 @@ class TensorRT:
         }
 
     def _build(self, model: Model, timings: Path | None) -> Engine:
-        from targets.tensorrt_engine import BuildSettings, build_engine
+        from targets.tensorrt_build import BuildSettings, build_plan
+        from targets.tensorrt_engine import TensorRtEngine
 
         settings = BuildSettings(
             workspace_bytes=self.workspace_mib << 20,
@@ -178,13 +193,8 @@ class TensorRT:
             hardware_compatible=self.hardware_compatible,
             timings=timings,
         )
-        return build_engine(_name(model), model, settings)
-
-
-def _capabilities(found: Gpu | str) -> Capabilities:
-    known = Known(found.name, found.compute_capability) if isinstance(found, Gpu) else None
-    facts = tensorrt_capabilities(known)
-    return dataclasses.replace(facts, notes=(UNVERIFIED, *facts.notes))
+        plan = build_plan(model, settings)
+        return TensorRtEngine(_name(model), plan, host_code=self.version_compatible)
 
 
 def _name(model: Model) -> str:

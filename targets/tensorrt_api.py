@@ -1,7 +1,7 @@
-"""What `targets.tensorrt_engine` uses of TensorRT's Python API, each name with its documentation.
+"""What the TensorRT target uses of TensorRT's Python API, each name with its documentation.
 
-The engine module can be run only where there is a GPU. So a test reads its source and finds every
-name in this list, and where NVIDIA's `tensorrt-cu12-bindings` are installed another compares the
+`SOURCES` can be run only where there is a GPU. So a test reads them and finds every name in this
+list, and where NVIDIA's `tensorrt-cu12-bindings` are installed another compares the
 list with their signatures, without the libraries that they need to work.
 """
 
@@ -109,6 +109,8 @@ NAMES: Final = (
     Name("IProfiler.report_layer_time", _PROFILER, ("layer_name", "ms")),
 )
 
+SOURCES: Final = ("tensorrt_build.py", "tensorrt_engine.py", "tensorrt_log.py")
+"""The modules that import TensorRT."""
 OBJECTS: Final = {
     "builder": "Builder",
     "cache": "ITimingCache",
@@ -123,6 +125,6 @@ OBJECTS: Final = {
     "self._context": "IExecutionContext",
     "self._engine": "ICudaEngine",
 }
-"""What the names of the engine module's variables hold."""
-ENTERED: Final = {"_Log": "ILogger", "_Times": "IProfiler"}
-"""Its classes whose methods TensorRT calls."""
+"""What the names of their variables hold."""
+ENTERED: Final = {"Log": "ILogger", "_Times": "IProfiler"}
+"""Their classes whose methods TensorRT calls."""

@@ -1,99 +1,33 @@
-"""TensorRT engines: build, load, run, time, profile.
+"""TensorRT engines: load, run, time, profile.
 
 Written to the documentation of 10.x and 11.x and unverified on hardware. Every call that is made
-of TensorRT is listed in `targets.tensorrt_api` with its page; names of objects say which class
-they are of, and a test holds this module to that list. Memory, streams, events and graphs of CUDA
-are torch's.
+of TensorRT, here and in `targets.tensorrt_build`, is listed in `targets.tensorrt_api` with its
+page; names of objects say which class they are of, and a test holds these modules to that list.
+Memory, streams, events and graphs of CUDA are torch's.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import statistics
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import tensorrt as trt
 import torch
 
 from compress.errors import EngineError
-from compress.model import BATCH, Arrays, Model, TensorSpec
-from compress.reference import save_onnx
+from compress.model import BATCH, Arrays, TensorSpec
 from compress.target import Kernel, KernelTime
 from targets.tensorrt_layers import kernel_of
+from targets.tensorrt_log import log_of_process, refused
 
 FILE: Final = "model.engine"
 _DEVICE: Final = "cuda"
-_STRONGLY_TYPED_ALWAYS: Final = 11
-"""From this major version on every network is strongly typed, and the flag is deprecated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildSettings:
-    """How an engine is built.
-
-    Attributes:
-        workspace_bytes: memory that kernels may use besides tensors and weights.
-        profiles: smallest ("min"), usual ("opt") and largest ("max") shape of each input with a
-            dynamic axis.
-        version_compatible: the engine loads in later versions too, and holds host code.
-        hardware_compatible: "none", "ampere_plus" or "same_compute_capability".
-        timings: file of what kernels were measured to take, read and written; None keeps none.
-    """
-
-    workspace_bytes: int
-    profiles: Mapping[str, Mapping[str, list[int]]]
-    version_compatible: bool = False
-    hardware_compatible: str = "none"
-    timings: Path | None = None
-
-
-def build_engine(name: str, model: Model, settings: BuildSettings) -> TensorRtEngine:
-    """Build an engine from an ONNX graph, whose types are those that it computes in, and load it.
-
-    Raises:
-        EngineError: TensorRT refuses the model.
-    """
-    log = _log()
-    log.errors.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(_network_flags())
-    parser = trt.OnnxParser(network, log)
-    # The parser may refer to weights in the file until the engine is built.
-    with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-        path = save_onnx(model.graph_model, Path(folder) / "model.onnx")[0]
-        if not parser.parse_from_file(str(path)):
-            errors = [parser.get_error(index) for index in range(parser.num_errors)]
-            found = [error.desc() for error in errors]
-            raise _refused(f"does not read {model.name}", found or log.errors)
-        config = _config(builder, settings)
-        if settings.timings is not None:
-            _use_timings(config, settings.timings)
-        plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise _refused(f"cannot build {model.name}", log.errors)
-    if settings.timings is not None:
-        _keep_timings(config, settings.timings)
-    return TensorRtEngine(name, bytes(plan), host_code=settings.version_compatible)
-
-
-def load_engine(name: str, path: Path, *, host_code: bool) -> TensorRtEngine:
-    """Load an engine file, which is executable content: check where it is from before.
-
-    Args:
-        name: for messages.
-        path: of the file.
-        host_code: allow code for the host in it, as version-compatible engines have.
-    """
-    return TensorRtEngine(name, path.read_bytes(), host_code=host_code)
 
 
 class TensorRtEngine:
@@ -101,23 +35,31 @@ class TensorRtEngine:
 
     A call copies inputs to the device and outputs back, and returns when they are there. Runs of
     one shape are replayed from a CUDA graph, where the network can be captured.
+
+    Args:
+        name: for messages.
+        plan: a serialized engine. It is executable content: know where it is from.
+        host_code: allow code for the host in it, as version-compatible engines have.
+
+    Raises:
+        EngineError: TensorRT does not load it.
     """
 
     def __init__(self, name: str, plan: bytes, *, host_code: bool) -> None:
-        log = _log()
+        log = log_of_process()
         log.errors.clear()
         runtime = trt.Runtime(log)
         runtime.engine_host_code_allowed = host_code
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise _refused(
+            raise refused(
                 "does not load the engine, which needs the TensorRT and the GPU that built it "
                 "(or version_compatible and hardware_compatible); run `compress build` here",
                 log.errors,
             )
         context = engine.create_execution_context()
         if context is None:
-            raise _refused("has no memory for the engine", log.errors)
+            raise refused("has no memory for the engine", log.errors)
         self.name = name
         self._plan, self._runtime, self._engine, self._context = plan, runtime, engine, context
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -218,12 +160,12 @@ class TensorRtEngine:
         for one, shape in shapes.items():
             if not self._context.set_input_shape(one, shape):
                 wanted = ", ".join(map(str, self.inputs))
-                raise _refused(f"refuses shape {shape} for {one}: {self.name} takes {wanted}", [])
+                raise refused(f"refuses shape {shape} for {one}: {self.name} takes {wanted}", [])
         with torch.cuda.stream(self._stream):
             self._tensors = {one: self._empty(one) for one in (*shapes, *self.outputs)}
         for one, tensor in self._tensors.items():
             if not self._context.set_tensor_address(one, tensor.data_ptr()):
-                raise _refused(f"refuses the memory of {one}", _log().errors)
+                raise refused(f"refuses the memory of {one}", log_of_process().errors)
         self._graph = self._captured()
         self._shapes = shapes
 
@@ -260,7 +202,7 @@ class TensorRtEngine:
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise _refused(f"failed while running {self.name}", _log().errors)
+            raise refused(f"failed while running {self.name}", log_of_process().errors)
 
     def _spec(self, name: str) -> TensorSpec:
         shape = tuple(self._engine.get_tensor_shape(name))
@@ -290,19 +232,6 @@ class TensorRtEngine:
         return {k: v[start:stop] if k in cut else v for k, v in inputs.items()}
 
 
-class _Log(trt.ILogger):  # type: ignore[misc]
-    """Keeps what TensorRT says is wrong, for messages."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, msg: str) -> None:
-        """Called by TensorRT."""
-        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-            self.errors.append(msg)
-
-
 class _Times(trt.IProfiler):  # type: ignore[misc]
     """Milliseconds of each layer, run by run."""
 
@@ -315,12 +244,6 @@ class _Times(trt.IProfiler):  # type: ignore[misc]
         self.milliseconds[layer_name].append(ms)
 
 
-@functools.cache
-def _log() -> _Log:
-    """One for the process, since builder and runtime keep a reference to it."""
-    return _Log()
-
-
 def _on_host(tensor: torch.Tensor) -> np.ndarray:
     """A copy, made when the work before it on the stream is done."""
     return np.asarray(tensor.to("cpu", copy=True).numpy())
@@ -328,60 +251,3 @@ def _on_host(tensor: torch.Tensor) -> np.ndarray:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _network_flags() -> int:
-    if int(trt.__version__.partition(".")[0]) >= _STRONGLY_TYPED_ALWAYS:
-        return 0
-    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-
-
-def _config(builder: Any, settings: BuildSettings) -> Any:
-    config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if settings.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if settings.hardware_compatible == "ampere_plus":
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    elif settings.hardware_compatible == "same_compute_capability":
-        config.hardware_compatibility_level = _same_compute_capability()
-    if settings.profiles:
-        profile = builder.create_optimization_profile()
-        for name, shapes in settings.profiles.items():
-            profile.set_shape(name, shapes["min"], shapes["opt"], shapes["max"])
-        if config.add_optimization_profile(profile) < 0:
-            raise _refused(f"refuses the optimization profile {settings.profiles}", _log().errors)
-    return config
-
-
-def _same_compute_capability() -> Any:
-    try:
-        return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
-    except AttributeError:
-        raise _refused(
-            "has no hardware_compatible same_compute_capability; upgrade it", []
-        ) from None
-
-
-def _use_timings(config: Any, path: Path) -> None:
-    """Start from earlier timings; those of another GPU or version are left out."""
-    earlier = path.read_bytes() if path.is_file() else b""
-    for stored in dict.fromkeys((earlier, b"")):
-        cache = config.create_timing_cache(stored)
-        if cache is not None and config.set_timing_cache(cache, False):
-            return
-
-
-def _keep_timings(config: Any, path: Path) -> None:
-    cache = config.get_timing_cache()
-    if cache is None:
-        return
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(bytes(cache.serialize()))
-    os.replace(temporary, path)
-
-
-def _refused(what: str, errors: list[str]) -> EngineError:
-    said = " ".join(one.strip() for one in errors[-3:])
-    return EngineError(f"TensorRT {trt.__version__} {what}. {said}".strip())

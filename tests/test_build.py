@@ -268,6 +268,23 @@ def test_16_bits_prepare_floats_alone(cli: Cli, tiny_onnx: Path, tmp_path: Path)
     assert (conv["precision"], conv["reason"]) == ("float16", "there is no int8 candidate")
 
 
+def test_float8_is_prepared_for_a_gpu_that_has_it(
+    cli: Cli, tiny_onnx: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "artifact"
+    given = ("run", tiny_onnx, "--target", "tensorrt", "--calibration", tiny_images, "--out", out)
+    refused = cli(*given, "--bits", "fp8")
+    assert refused.code == USAGE
+    assert "fp8" in refused.err
+    named = ("--target-option", "compute_capability=8.9")
+    assert cli(*given, "--bits", "fp8", *named).code == PREPARED
+    report = report_of(out)
+    assert [row["name"] for row in report["candidates"]][2:] == ["tensorrt fp8", "tensorrt mixed"]
+    assert (out / "fp8.onnx").is_file()
+    (conv, *_) = report["sites"]
+    assert (conv["precision"], conv["reason"]) == ("float8", "it is to run in float8")
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from targets.tensorrt_api import DOCUMENTATION, ENTERED, NAMES, OBJECTS, Name
+from targets.tensorrt_api import DOCUMENTATION, ENTERED, NAMES, OBJECTS, SOURCES, Name
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "targets" / "tensorrt_engine.py"
 BY_PATH = {name.path: name for name in NAMES}
 OTHERS = {
     "begin", "dict", "end", "functools", "inputs", "json", "kernel", "kind", "known", "log",
@@ -28,6 +27,12 @@ OTHERS = {
 """What else has attributes there; a name that is in neither list fails the test."""
 BINDINGS = "HWCOMPRESS_TENSORRT_BINDINGS"
 """Folders with the package `tensorrt_bindings` of other versions, separated by colons."""
+
+
+def tree() -> ast.Module:
+    """All of the modules, one behind the other."""
+    texts = [(ROOT / "targets" / name).read_text() for name in SOURCES]
+    return ast.Module([node for text in texts for node in ast.parse(text).body], [])
 
 
 def chain(node: ast.expr) -> str:
@@ -40,10 +45,10 @@ def chain(node: ast.expr) -> str:
     return ""
 
 
-def chains(tree: ast.AST) -> Iterator[tuple[ast.Attribute, str]]:
+def chains(module: ast.AST) -> Iterator[tuple[ast.Attribute, str]]:
     """The longest chains of attributes, and those behind a call, with "" for the latter."""
-    inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    for node in ast.walk(tree):
+    inner = {id(n.value) for n in ast.walk(module) if isinstance(n, ast.Attribute)}
+    for node in ast.walk(module):
         if isinstance(node, ast.Attribute) and (id(node) not in inner or not chain(node)):
             yield node, chain(node)
 
@@ -68,13 +73,12 @@ def listed(path: str) -> str:
 
 def used() -> dict[str, list[int]]:
     """Paths of TensorRT's API in the engine module, with their lines."""
-    tree = ast.parse(SOURCE.read_text())
     found: dict[str, list[int]] = {}
-    for node, text in chains(tree):
+    for node, text in chains(tree()):
         path = resolved(text) if text else None
         if path is not None:
             found.setdefault(listed(path) or path, []).append(node.lineno)
-    for node in ast.walk(tree):
+    for node in ast.walk(tree()):
         if isinstance(node, ast.ClassDef) and node.name in ENTERED:
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and method.name != "__init__":
@@ -93,7 +97,7 @@ def test_no_name_is_listed_that_the_engine_does_not_use() -> None:
 
 def test_attributes_belong_to_objects_whose_kind_is_known() -> None:
     """So that no call of TensorRT hides behind a variable of another name, or behind a call."""
-    for node, text in chains(ast.parse(SOURCE.read_text())):
+    for node, text in chains(tree()):
         if text:
             root = text.split(".")[0]
             assert root in {*OTHERS, "trt", *OBJECTS}, f"line {node.lineno}: {text}"
@@ -104,11 +108,21 @@ def test_attributes_belong_to_objects_whose_kind_is_known() -> None:
 
 
 def calls() -> Iterator[tuple[int, Name, ast.Call]]:
-    for node in ast.walk(ast.parse(SOURCE.read_text())):
+    for node in ast.walk(tree()):
         if isinstance(node, ast.Call):
             path = resolved(chain(node.func))
             if path is not None and path in BY_PATH:
                 yield node.lineno, BY_PATH[path], node
+
+
+def test_no_other_module_imports_tensorrt() -> None:
+    importing = {
+        path.name
+        for folder in ("compress", "quant", "prune", "distill", "targets")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"^\s*(import|from) tensorrt\b", path.read_text(), re.MULTILINE)
+    }
+    assert importing == set(SOURCES)
 
 
 def test_calls_give_as_many_arguments_as_are_listed() -> None:

@@ -27,8 +27,9 @@ from compress.errors import EngineError
 from compress.loading import load
 from compress.model import Model
 from targets.tensorrt import TensorRT
-from targets.tensorrt_api import NAMES
+from targets.tensorrt_api import NAMES, SOURCES
 
+MODULES = [f"targets.{name.removesuffix('.py')}" for name in SOURCES]
 PLAN = b"PLAN"
 CAPTURED: list[Any] = []
 """Contexts that enqueued work during a capture."""
@@ -302,12 +303,14 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.delitem(sys.modules, "targets.tensorrt_engine", raising=False)
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     loaded = importlib.import_module("targets.tensorrt_engine")
     monkeypatch.setattr(loaded, "_DEVICE", "cpu")
     Builder.flags.clear()
     yield loaded
-    sys.modules.pop("targets.tensorrt_engine", None)
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

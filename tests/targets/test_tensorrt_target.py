@@ -33,6 +33,7 @@ def test_it_is_registered_and_built_elsewhere() -> None:
         ({"max_batch": True}, "whole numbers"),
         ({"min_batch": 4, "batch": 2}, "above the batch 2"),
         ({"hardware_compatible": "all"}, "ampere_plus"),
+        ({"compute_capability": "sm89"}, "write 8.9"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], part: str) -> None:
@@ -83,6 +84,17 @@ def test_facts_say_that_nobody_has_run_it() -> None:
     assert {"float32", "float16", "int8"} <= set(facts.precisions)
     assert facts.activation == "int8"
     assert "unverified" in TensorRT().build_sheet((IMAGES,))["unverified"]
+
+
+def test_a_gpu_that_is_named_decides_which_formats_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: "The NVIDIA driver finds no GPU.")
+    ada = TensorRT(compute_capability="8.9").capabilities
+    assert "float8_e4m3fn" in ada.precisions
+    assert "float8_e4m3fn" not in TensorRT().capabilities.precisions
+    assert any("No GPU is known" in note for note in TensorRT().capabilities.notes)
+    assert not any("No GPU is known" in note for note in ada.notes)
 
 
 @dataclasses.dataclass(frozen=True)
