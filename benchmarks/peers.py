@@ -127,7 +127,9 @@ def executorch_int8(module: Any, inputs: tuple[int, ...], images: np.ndarray) ->
     exported = torch.export.export(convert_pt2e(prepared), example)
     program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
     buffer = program.to_executorch().buffer
-    portable_lib._unsafe_reset_threadpool(1)
+    # A new pool would take the old one from the programs that are loaded already.
+    if portable_lib._threadpool_get_thread_count() != 1:
+        portable_lib._unsafe_reset_threadpool(1)
     loaded = Runtime.get().load_program(buffer)
     method = loaded.load_method("forward")
 

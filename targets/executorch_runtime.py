@@ -85,21 +85,24 @@ class _Threads:
     """The thread pool: one for all programs, and a program keeps the pool that it was loaded with.
 
     Attributes:
-        count: threads of the pool; None before it was set.
         generation: grows with every new pool, which leaves programs of the one before unusable.
     """
 
     def __init__(self) -> None:
-        self.count: int | None = None
         self.generation = 0
+        self._started = False
 
     def use(self, count: int) -> int:
         """Have a pool of that size; its generation."""
-        if self.count != count:
-            runtime = imported("executorch.extension.pybindings.portable_lib")
+        runtime = imported("executorch.extension.pybindings.portable_lib")
+        if not self._started:
+            with quiet():  # the first look makes the pool
+                runtime._threadpool_get_thread_count()
+            self._started = True
+        if runtime._threadpool_get_thread_count() != count:
             with quiet():
                 runtime._unsafe_reset_threadpool(count)
-            self.count, self.generation = count, self.generation + 1
+            self.generation += 1
         return self.generation
 
 

@@ -295,10 +295,9 @@ def test_a_run_leaves_a_program_and_says_what_is_delegated(
     assert ran.code in (0, 1), ran.err
     report = json.loads((out / "report.json").read_text())
     assert {"model.pte", "model.json"} <= set(report["files"])
-    assert {row["name"]: row["failure"] for row in report["tried"]} == {
-        "float32": "",
-        "executorch int8": "",
-    }
+    failures = {row["name"]: row["failure"] for row in report["tried"]}
+    assert {"float32", "executorch int8"} <= set(failures)
+    assert set(failures.values()) == {""}
     said = " ".join(report["headline"])
     assert "XNNPACK executes 100 % of the multiply-accumulates" in said
     assert "nothing is left to others." in said
