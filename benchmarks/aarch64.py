@@ -14,7 +14,8 @@ which on Debian and x86-64 come from the registries like this:
             --only-binary=:all: onnxruntime numpy flatbuffers protobuf`, each wheel unpacked
 
 Each network is made float and int8 for `ort-mobile`, run here and run there, on processors with
-and without the int8 dot product. int8 may differ by a step where a rounding falls the other way.
+and without the int8 dot product. int8 outputs may differ by what one step of an activation makes,
+where a rounding falls the other way.
 """
 
 from __future__ import annotations

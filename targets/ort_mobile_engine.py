@@ -66,6 +66,7 @@ class OrtMobileEngine(OnnxRuntimeEngine):
 
     def remarks(self) -> tuple[str, ...]:
         """What ONNX Runtime's mobile checker says, and how the model is timed on a phone."""
+        # XNNPACK lists ai.onnx:QLinearConv; in model.ort they are com.microsoft's already.
         run = f"onnxruntime_perf_test -m times -r 200 -x 4 -I -e {{}} {PACKED}"
         return (
             *usability(self._examined),
