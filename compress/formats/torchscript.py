@@ -143,6 +143,8 @@ def convert_script(
             failures.append(" ".join(str(error).split())[:300])
             continue
         return module, specs, note
+    if any(spec.assumed for spec in specs):
+        raise missing_inputs(name, [spec.name for spec in specs])
     raise LoadError(
         f"{name} is a TorchScript archive whose forward could not be converted ({failures[-1]}). "
         "Load the original with --model module:factory, or export it to ONNX or .pt2."
