@@ -38,7 +38,7 @@ from compress.target import Engine
 from targets.ort_mobile import OrtMobile
 from targets.ort_mobile_engine import PACKED
 
-NETWORKS = ("kws_dscnn", "cifar10_resnet8", "cifar10_resnet20", "imagenet_mobilenet_v1_025")
+NETWORKS = ("kws_dscnn", "cifar10_resnet8", "cifar10_resnet20")
 PROCESSORS = ("cortex-a57", "cortex-a76", "max")
 """Without the int8 dot product; with it; with everything that qemu has, such as i8mm and SVE."""
 SECONDS = 300
