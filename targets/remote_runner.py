@@ -33,6 +33,7 @@ MARK = "hwcompress-result "
 BLOCK_SECONDS = 0.005
 MAX_BLOCK_CALLS = 1000
 MAX_QUIET_SECONDS = 0.5
+MAX_LEAVE_SECONDS = 10.0
 STEADY = 0.05
 FEWEST_ROUNDS = 6
 TASKS = "/proc/self/task"
@@ -280,9 +281,14 @@ def main(folder: str) -> None:
     result = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between
 
+    ending = threading.Lock()  # whoever has it ends the process; the other one waits for that
+
     def leave() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
+        with ending:
+            end = time.monotonic() + MAX_LEAVE_SECONDS
+            while os.path.isdir(folder) and time.monotonic() < end:
+                shutil.rmtree(folder, ignore_errors=True)  # work may still be writing into it
+            os._exit(1)
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -299,9 +305,13 @@ def main(folder: str) -> None:
         found = work(folder, job)
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}"}
-    result.write(MARK + json.dumps(found) + "\n")
-    result.flush()
-    os._exit(0)  # a runtime's threads must not hold the end up
+    try:
+        with ending:
+            result.write(MARK + json.dumps(found) + "\n")
+            result.flush()
+            os._exit(0)  # a runtime's threads must not hold the end up
+    except OSError:  # nobody reads it
+        leave()
 
 
 if __name__ == "__main__":

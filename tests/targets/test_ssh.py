@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib.util
 import json
 import os
 import shutil
@@ -65,7 +66,17 @@ class Server:
 
     def cut(self) -> None:
         """Kill the processes of all sessions, as when the device's network goes away."""
-        for process in children(self.process.pid):
+        self._kill(children(self.process.pid))
+
+    def die(self) -> None:
+        """Cut, and answer no more."""
+        sessions = children(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+        self._kill(sessions)
+
+    def _kill(self, processes: list[int]) -> None:
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
@@ -138,9 +149,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield start
     for server in servers:
-        server.cut()
-        server.process.kill()
-        server.process.wait()
+        server.die()
 
 
 def wait_until_listening(server: Server) -> None:
@@ -167,24 +176,26 @@ def one(device: SshDevice, artifacts: dict[str, Artifact], seconds: float = 0.2)
 
 
 def test_numbers_and_outputs_come_back_and_nothing_stays(
-    serve: Callable[..., Server], artifacts: dict[str, Artifact]
+    serve: Callable[..., Server], artifacts: dict[str, Artifact], tiny_onnx: Path
 ) -> None:
+    if importlib.util.find_spec("openvino"):
+        settings = {"threads": 1, "streams": 1, "precision": "float32", "pinned": True}
+        engine = open_engine(tiny_onnx, target="openvino", threads=1)
+        artifacts["openvino"] = Artifact(engine, settings)
     server = serve()
     found = one(server.device(), artifacts)
     assert found.error == ""
     assert found.device == f"ssh://{getpass.getuser()}@127.0.0.1:{server.port}"
     assert found.comparison is not None
-    assert set(found.comparison.timings) == {"a", "b"}
+    assert set(found.comparison.timings) == set(artifacts)
     for timing in found.comparison.timings.values():
         assert 0 < timing.low_ms <= timing.p50_ms <= timing.high_ms < 1000
         assert timing.p50_ms <= timing.p90_ms * 1.5
         assert timing.runs >= 6
     assert found.comparison.ratios["b"].low < 1.5
     assert found.comparison.rounds >= 6
-    assert {name: one.max_abs_difference for name, one in found.closeness.items()} == {
-        "a": 0,
-        "b": 0,
-    }
+    differences = {name: close.max_abs_difference for name, close in found.closeness.items()}
+    assert differences == dict.fromkeys(artifacts, 0)
     assert found.machine["cores"] >= 1
     assert "onnxruntime" in found.machine["versions"]
     assert found.failures == {}
@@ -215,31 +226,6 @@ def test_a_model_that_fails_there_costs_itself(
     assert found.comparison is not None
     assert set(found.comparison.timings) == {"a"}
     assert "model.onnx" in found.failures["damaged"]
-
-
-def test_openvino_runs_beside_onnx_runtime(
-    serve: Callable[..., Server], artifacts: dict[str, Artifact], tiny_onnx: Path
-) -> None:
-    pytest.importorskip("openvino", reason="the extra openvino is not installed")
-    engine = open_engine(tiny_onnx, target="openvino", threads=1)
-    settings = {"threads": 1, "streams": 1, "precision": "float32", "pinned": True}
-    both = {"onnx": artifacts["a"], "openvino": Artifact(engine, settings)}
-    found = one(serve().device(), both)
-    assert found.failures == {}
-    assert {name: one.max_abs_difference for name, one in found.closeness.items()} == dict.fromkeys(
-        both, 0
-    )
-
-
-def test_a_cut_connection_is_an_error_and_leaves_nothing(
-    serve: Callable[..., Server], artifacts: dict[str, Artifact]
-) -> None:
-    server = serve()
-    found = while_measuring(server, artifacts, server.cut, server.device())
-    assert found.comparison is None
-    assert server.device().address in found.error
-    assert "connection broke" in found.error
-    assert server.left() == []  # the runner itself has removed it, or the next connection
 
 
 def test_a_cut_connection_is_tried_again(
@@ -273,10 +259,6 @@ def test_of_two_devices_one_dies_and_the_other_answers(
 ) -> None:
     dying, living = serve(), serve()
 
-    def die() -> None:
-        dying.process.kill()
-        dying.cut()
-
     results: list[OnDevice] = []
     devices = [dying.device(attempts=2), living.device()]
     thread = threading.Thread(
@@ -284,7 +266,7 @@ def test_of_two_devices_one_dies_and_the_other_answers(
     )
     thread.start()
     dying.wait_for("*/0/output-0.npy")
-    die()
+    dying.die()
     thread.join(120)
     dead, alive = results
     assert dead.comparison is None
@@ -293,6 +275,10 @@ def test_of_two_devices_one_dies_and_the_other_answers(
     assert alive.error == ""
     assert alive.comparison is not None
     assert living.left() == []
+    end = time.monotonic() + 30
+    while dying.left() and time.monotonic() < end:  # nobody can reach it: the runner does it
+        time.sleep(0.05)
+    assert dying.left() == []
 
 
 def test_another_host_key_is_explained_and_not_accepted(
@@ -428,8 +414,7 @@ def test_bench_prints_each_device(
     serve: Callable[..., Server], tiny_onnx: Path, cli: Callable[..., Any]
 ) -> None:
     server, gone = serve(), serve()
-    gone.process.kill()
-    gone.process.wait()
+    gone.die()
     options = [x for one in (server, gone) for x in ("--device", address(one))]
     result = cli("bench", tiny_onnx, tiny_onnx, "--seconds", 0.2, "--threads", 1, *options)
     assert result.code == 0
