@@ -91,8 +91,13 @@ def facts(model: ir.Model) -> dict[str, Any]:
 
 
 def agreement(model: ir.Model, inputs: Arrays, expected: Arrays) -> dict[str, float]:
-    """Signal over noise of the worst output; nothing where ONNX Runtime's CPU lacks the type."""
-    if model.opset_imports[""] != OPSET:  # bfloat16
+    """Signal over noise of the worst output, as far as there is a signal.
+
+    Nothing where ONNX Runtime's CPU lacks the type, or where the network's random weights end in
+    zeros (ViT's head).
+    """
+    silent = any(not np.any(array) for array in expected.values())
+    if silent or model.opset_imports[""] != OPSET:  # a higher opset is bfloat16's
         return {}
     # As written: optimized, ONNX Runtime 1.31 loses 9 dB of ResNet-18 with Q/DQ in float16.
     got = run(reference_session(model), inputs)

@@ -348,15 +348,21 @@ class _Placer:
         self.parent.pop(value.name or "", None)
 
     def forget_unneeded(self, graph: ir.Graph) -> None:
-        """Leave in float what kernels write and no operator in int8 reads."""
-        for node in graph if self.capabilities.needed_only else ():
-            if self.roles.get(node.name or "") not in ("matmul", "elementwise", "epilogue"):
+        """Leave in float what kernels write and moves carry, and no operator in int8 reads."""
+        for node in reversed(list(graph)) if self.capabilities.needed_only else ():
+            name = node.name or ""
+            role = self.roles.get(name)
+            readers = [use.node.name or "" for out in node.outputs for use in out.uses()]
+            if role is None or any(reader in self.roles for reader in readers):
                 continue
-            for out in node.outputs:
-                readers = [use.node.name or "" for use in out.uses()]
-                if out.name in self.parent and not any(name in self.roles for name in readers):
-                    self.unneeded.add(out.name)
-                    self.float_outputs[node.name or ""] = None
+            if role in MOVES:
+                del self.roles[name]
+                self.reasons[name] = "no operator in int8 reads it"
+            elif role in ("matmul", "elementwise", "epilogue"):
+                self.float_outputs[name] = None
+            else:
+                continue
+            self.unneeded.update(out.name or "" for out in node.outputs)
 
     def finish(self) -> Placement:
         groups: dict[str, list[str]] = {}

@@ -316,6 +316,21 @@ def test_groups_of_a_transposed_convolution_share_a_scale(
     assert sqnr_db(run(reference_session(model.graph_model), inputs), got) > 25
 
 
+def test_moves_that_end_in_float_are_left_there(onnx_model: Callable[..., Model]) -> None:
+    """As in front of a transformer: patches are put behind a token that is float."""
+    model = onnx_model(
+        "g (float[2,3,8,8] x, float[2,1,8] t) => (float[2,65,8] y) {[a] c = Conv(x, w) "
+        "[r] r = Reshape(c, s) [p] p = Transpose<perm=[0,2,1]>(r) [k] y = Concat<axis=1>(t, p)}",
+        w=(8, 3, 1, 1), s=np.int64([2, 8, 64]),
+    )  # fmt: skip
+    done = quantize(model, model.example())
+    assert broken(done.graph_model) == []
+    kinds = [node.op_type for node in done.graph_model.graph]
+    assert kinds.count("QuantizeLinear") == 1
+    plan = QuantPlan.from_dict(done.history[-1].details["plan"])
+    assert plan.roles == {"a": "matmul"}
+
+
 def test_int4_weights_are_blocked(onnx_model: Callable[..., Model]) -> None:
     model = onnx_model(
         "g (float[4,128] x) => (float[4,8] y) {[a] c = Gemm<transB=1>(x, w, b) [r] y = Relu(c)}",
