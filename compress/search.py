@@ -86,7 +86,8 @@ def search(
         finalists = _refined(_finalists(screening), lowered, screening)
     spent = time.monotonic() - start
     notes = tuple(found.note for found in placements.values() if found.note)
-    if placing and not placements and spent > seconds:
+    can_place = placing and any(map(_can_place, lowered))
+    if can_place and not placements and spent > seconds:
         notes = (f"--time {seconds:g} was over before a mixed placement could be searched.",)
     return Searched(finalists, screening, placements, spent, notes)
 

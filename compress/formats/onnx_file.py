@@ -32,7 +32,7 @@ _QUANTIZED = {
 def load_onnx(
     source: Path | onnx.ModelProto | ir.Model, name: str, given: Sequence[TensorSpec]
 ) -> tuple[ir.Model, tuple[TensorSpec, ...], str]:
-    """Model, inputs and a note from an ONNX file or object; weights outside stay on disk.
+    """Model, inputs and a note from an ONNX file or object; weights beside it are read, too.
 
     Raises:
         UnsafeFileError: its external data lie outside of its own folder.
@@ -53,6 +53,7 @@ def load_onnx(
     model, notes = _modernize(model, name)
     RemoveInitializersFromInputsPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _attempt(name, "read", lambda: ir.external_data.load_to_model(model))
     name_sites(model)
     specs = _settle_inputs(model, name, given)
     operators = {node.op_type for node in model.graph.all_nodes()}
