@@ -284,7 +284,7 @@ def inspect(
 def bench(
     first: options.Built,
     others: options.Others = None,
-    devices: options.Devices = None,
+    devices: options.Addresses = None,
     threads: options.Threads = None,
     batch: options.Batch = 1,
     seconds: options.Seconds = 10.0,
@@ -312,7 +312,7 @@ def bench(
         if as_json:
             _print_json({"devices": [one.to_dict() for one in found]})
         else:
-            render.devices(found)
+            render.on_devices(found)
         return
     comparison = measure_all(
         [first, *(others or [])],

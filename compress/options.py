@@ -162,7 +162,7 @@ Others = Annotated[
     list[str] | None,
     typer.Argument(metavar="B", help="More of them, compared with A."),
 ]
-Devices = Annotated[
+Addresses = Annotated[
     list[str] | None,
     typer.Option(
         "--device",

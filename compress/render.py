@@ -82,7 +82,7 @@ def latency(comparison: Comparison) -> None:
         out.print(note, highlight=False, markup=False)
 
 
-def devices(results: Sequence[OnDevice]) -> None:
+def on_devices(results: Sequence[OnDevice]) -> None:
     """The tables of `compress bench --device`, one for each device."""
     from compress.report.table import closeness
 
