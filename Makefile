@@ -49,5 +49,5 @@ $(VENV)/bench.stamp: $(VENV)/dev.stamp
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	@echo "Installing what the tests need into $(VENV)"
-	@$(PIP) --editable ".[dev,openvino]"
+	@$(PIP) --editable ".[dev,openvino,executorch]"
 	@touch $@
