@@ -307,16 +307,16 @@ def test_a_run_leaves_a_program_and_says_what_is_delegated(
 
 
 QUIET = """
-import json, logging, os, sys, threading
-import numpy as np
-before = (list(logging.getLogger().handlers), logging.getLogger().level, dict(os.environ))
+import logging, os
+before = (list(logging.getLogger().handlers), logging.getLogger().level)
 from compress.testing import tiny_exported
 from targets.executorch import ExecuTorch
 model = tiny_exported(21)
 engine = ExecuTorch(threads=2).build(model)
 engine(model.example())
-after = (list(logging.getLogger().handlers), logging.getLogger().level, dict(os.environ))
-print("same" if before == after else "changed")
+after = (list(logging.getLogger().handlers), logging.getLogger().level)
+set_by_executorch = "OPENVINO_LIB_PATH" in os.environ
+print("same" if before == after and not set_by_executorch else "changed")
 """
 
 
