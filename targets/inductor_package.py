@@ -59,7 +59,7 @@ def write_package(package: Package, directory: Path) -> list[Path]:
     facts = {
         "sha256": sha256_file(path),
         "batch": package.batch,
-        "inputs": [asdict(spec) for spec in package.inputs],
+        "inputs": [[spec.name, spec.shape, spec.dtype] for spec in package.inputs],
         "outputs": list(package.outputs),
         "batched": package.batched,
         "kernels": [asdict(kernel) for kernel in package.kernels],
@@ -81,7 +81,7 @@ def read_package(directory: Path) -> Package:
         package = Package(
             path,
             int(facts["batch"]),
-            tuple(_spec(**one) for one in facts["inputs"]),
+            tuple(_spec(*one) for one in facts["inputs"]),
             tuple(map(str, facts["outputs"])),
             bool(facts["batched"]),
             tuple(Kernel(**kernel) for kernel in facts["kernels"]),
