@@ -67,6 +67,25 @@ def _cell(ratios: Mapping[str, Any], losses: Mapping[str, Any], column: str) -> 
     return f"{ratios[column]['value']:.2f} ({losses[column]['points']:+.2f})"
 
 
+def executorch() -> list[list[str]]:
+    """Programs of ours beside ExecuTorch's own recipe: loss, and speed over ONNX Runtime."""
+    rows = [["network", "artifact", "MACs in int8", "kB", "ours", "recipe by hand"]]
+    for network, entry in entries("executorch").items():
+        if "error" in entry:
+            rows.append([network, entry["error"], "", "", "-", "-"])
+            continue
+        losses, speeds = entry.get("drop") or entry["changed"], entry["speedup_over_onnxruntime"]
+        cells = [
+            f"{losses[label]['points']:+.2f}, {speeds[label]['value']:.2f}x"
+            if label in losses and label in speeds
+            else "-"
+            for label in ("ours", EXECUTORCH)
+        ]
+        share, size = f"{100 * entry['int8_macs']:.0f} %", f"{entry['bytes'] / 1e3:.0f}"
+        rows.append([network, artifact(entry["artifact"]), share, size, *cells])
+    return rows
+
+
 def limited() -> list[list[str]]:
     """What is chosen when OpenVINO may not use all instructions."""
     rows = [["network", "all instructions", "", "AVX2", ""]]
@@ -182,6 +201,7 @@ def main() -> None:
         "zoo_throughput": against_peers("zoo_throughput"),
         "zoo_latency_xeon": against_peers("zoo_latency_xeon"),
         "trained": trained(),
+        "executorch": executorch(),
         "limited": limited(),
         "fragile": fragile(),
         "rungs_mobilenet": rungs("imagenet_mobilenet_v1_025"),
