@@ -33,7 +33,8 @@ class DepthwiseForm:
     convolution with W = gamma / sqrt(var + eps) and b = beta - W mean. An average over k x k is
     one with W = 1 / k^2. Each channel of a 1x1 or constant kernel fits its own int8 scale
     exactly, so quantization loses nothing in these weights. A target that computes a scale and
-    a shift on the way to the next kernel keeps its BatchNorm.
+    a shift on the way to the next kernel keeps its BatchNorm, and one that averages faster than it
+    convolves its pools.
     """
 
     name: ClassVar[str] = "depthwise_form"
@@ -48,6 +49,8 @@ class DepthwiseForm:
         kinds = {"BatchNormalization", "AveragePool"}
         if context.target.capabilities.pattern("BatchNormalization") is not None:
             kinds.remove("BatchNormalization")
+        if not context.target.capabilities.convolved_pools:
+            kinds.remove("AveragePool")
         candidates = [node for node in graph if node.op_type in kinds]
         expected = {}
         if candidates:

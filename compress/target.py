@@ -101,6 +101,7 @@ class Capabilities:
         dynamic: ranges of activations can be computed at run time (DynamicQuantizeLinear).
         per_channel: weights may have one scale per output channel.
         linear: what a linear layer on inputs of rank 3 and more is fastest as.
+        convolved_pools: an average over a window is faster as a depthwise convolution.
         costly_moves: moving activations (transpose, channel shuffle) takes longer than additional
             multiply-accumulates that avoid it.
         int8_dot_product: the machine has an int8 dot-product instruction.
@@ -130,6 +131,7 @@ class Capabilities:
     dynamic: bool = True
     per_channel: bool = True
     linear: Literal["Gemm", "MatMul"] = "MatMul"
+    convolved_pools: bool = True
     costly_moves: bool = False
     int8_dot_product: bool = True
     patterns: tuple[FusablePattern, ...] = ()

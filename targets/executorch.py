@@ -119,6 +119,7 @@ def executorch_capabilities(machine: Machine) -> Capabilities:
         precisions=("float32", "int8"),
         activation="uint8",
         linear="Gemm",
+        convolved_pools=False,  # measured on a keyword network, whose pool has a window of 25 x 5
         int8_dot_product=machine.int8_dot_product,
         patterns=PATTERNS,
         profiler=False,

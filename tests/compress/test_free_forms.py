@@ -20,6 +20,7 @@ from compress.passes import Context, Pass
 from compress.reference import reference_session, run
 from compress.testing import PassContract, tiny_model
 from targets.cpu import CPU
+from targets.executorch import ExecuTorch
 
 TARGET = CPU(threads=1)
 
@@ -147,6 +148,12 @@ def test_average_pooling_becomes_a_convolution_where_padding_counts(
     expected = "AveragePool" if pad and not counted else "Conv"
     assert operators(after) == {expected: 1}
     np.testing.assert_allclose(now, before, atol=1e-5)
+
+
+def test_a_pool_stays_where_the_target_averages_faster() -> None:
+    model = build("y = AveragePool <kernel_shape: ints = [3, 3]> (x)")
+    after = DepthwiseForm().apply(model, Context(target=ExecuTorch(threads=1), original=model))
+    assert operators(after) == {"AveragePool": 1}
 
 
 def test_the_tiny_networks_batchnorms_are_rewritten_when_nothing_folds_them() -> None:
