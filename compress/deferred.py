@@ -109,16 +109,23 @@ class Prepared:
         return names
 
 
-def check_deferred(target: BuiltElsewhere, *, simulate: bool, objective: str) -> None:
+def check_deferred(
+    target: BuiltElsewhere, *, simulate: bool, objective: str, devices: bool
+) -> None:
     """Refuse before any work what is not available for a target that is built elsewhere.
 
     Raises:
-        UsageError: simulated formats, or throughput.
+        UsageError: simulated formats, throughput, or devices to measure on.
     """
     if simulate:
         raise UsageError(
             f"--simulate computes formats in float32, which needs no {target.name}. Leave "
             f"--target out."
+        )
+    if devices:
+        raise UsageError(
+            f"--device is not available for --target {target.name}: `compress build` measures where "
+            f"it runs. Copy the artifact there."
         )
     if objective != "latency":
         raise UsageError(

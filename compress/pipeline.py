@@ -208,7 +208,10 @@ def run(
     alternatives = read.alternatives if read is not None else ()
     destination = settings.create_target()
     if isinstance(destination, BuiltElsewhere):
-        check_deferred(destination, simulate=simulate, objective=settings.objective)
+        devices = bool(machines) or settings.device is not None
+        check_deferred(
+            destination, simulate=simulate, objective=settings.objective, devices=devices
+        )
     else:
         require_target(destination)
     sheet = find_sheet(settings.device) if settings.device is not None else None

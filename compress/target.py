@@ -112,6 +112,7 @@ class Capabilities:
             Runtime's MatMulNBits is understood, with groups of any size.
         channel_multiple: numbers of channels that are multiples of it use the units that multiply
             fully, in every precision; 1 where no such number is known.
+        sparsity: patterns of zeros in weights that its kernels can skip, such as "2:4".
         own_precisions: precisions below 16 bits that the runtime makes of a float model by itself,
             under its option `precision`; None where passes quantize for it, operator by operator.
         profiler: the runtime tells the time of each kernel.
@@ -138,6 +139,7 @@ class Capabilities:
     weight_only: tuple[str, ...] = ()
     weight_groups: tuple[int, ...] = ()
     channel_multiple: int = 1
+    sparsity: tuple[str, ...] = ()
     own_precisions: tuple[str, ...] | None = None
     profiler: bool = True
     notes: tuple[str, ...] = ()

@@ -21,7 +21,6 @@ from compress.errors import UnsupportedError, UsageError
 from compress.model import Model, TensorSpec
 from compress.target import Capabilities, Check, Engine
 from targets.gpu import DRIVER, Gpu, find_gpu
-from targets.tensorrt_capabilities import Gpu as Known
 from targets.tensorrt_capabilities import tensorrt_capabilities
 from targets.tensorrt_rules import check
 
@@ -91,10 +90,10 @@ class TensorRT:
     def capabilities(self) -> Capabilities:
         """What TensorRT wants, on this machine's GPU, on the one named, or on any since Ampere."""
         found = find_gpu()
-        known = Known(found.name, found.compute_capability) if isinstance(found, Gpu) else None
+        known = found if isinstance(found, Gpu) else None
         if known is None and self.compute_capability:
             major, minor = self.compute_capability.split(".")
-            known = Known(f"A GPU of {self.compute_capability}", (int(major), int(minor)))
+            known = Gpu(f"A GPU of {self.compute_capability}", (int(major), int(minor)))
         facts = tensorrt_capabilities(known)
         return dataclasses.replace(facts, notes=(UNVERIFIED, *facts.notes))
 

@@ -6,10 +6,10 @@ a GPU: facts marked "unverified" are conclusions from what is documented, not st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from compress.target import Capabilities, FusablePattern, Role
+from targets.gpu import Gpu, channel_multiple, features
 
 OPSET: Final = 21
 """Blocked and 4-bit quantization need it; both parsers take it, see `targets.tensorrt_rules`."""
@@ -64,19 +64,6 @@ PATTERNS: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU.
-
-    Attributes:
-        name: as the driver gives it.
-        compute_capability: (major, minor).
-    """
-
-    name: str
-    compute_capability: tuple[int, int]
-
-
 def tensorrt_capabilities(gpu: Gpu | None = None) -> Capabilities:
     """What TensorRT runs on a GPU; without one, what every GPU since Ampere (8.0) does.
 
@@ -84,7 +71,8 @@ def tensorrt_capabilities(gpu: Gpu | None = None) -> Capabilities:
     weights with one scale per output channel, biases in float. FP8 needs compute capability 8.9,
     BF16 8.0 (support matrix). Weights in int4 are for linear layers only, in blocks of 64 or 128.
     """
-    capability = gpu.compute_capability if gpu is not None else (8, 0)
+    known = gpu if gpu is not None else Gpu("any since Ampere", (8, 0))
+    capability = known.compute_capability
     bfloat16 = ("bfloat16",) if capability >= (8, 0) else ()
     float8 = ("float8_e4m3fn",) if capability >= (8, 9) else ()
     notes = []
@@ -95,10 +83,13 @@ def tensorrt_capabilities(gpu: Gpu | None = None) -> Capabilities:
             f"{gpu.name} has compute capability {capability[0]}.{capability[1]}; TensorRT 10.1 "
             f"needs 7.0, and later releases may need more: see the support matrix, {SUPPORT}."
         )
+    precisions = ("float32", "float16", *bfloat16, "int8", *float8)
     return Capabilities(
         source=f"NVIDIA TensorRT documentation, {EXPLICIT}, {SCHEMES}, {SUPPORT}",
         opset=OPSET,
-        precisions=("float32", "float16", *bfloat16, "int8", *float8),
+        precisions=precisions,
+        channel_multiple=channel_multiple(known, precisions),
+        sparsity=("2:4",) if "2:4" in features(known) else (),
         activation="int8",
         restricted_weights=True,
         float_constants=True,

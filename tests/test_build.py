@@ -291,6 +291,8 @@ def test_float8_is_prepared_for_a_gpu_that_has_it(
         (("--bits", "fp8", "--simulate"), "--simulate computes formats in float32"),
         (("--threads", 2), "no option threads"),
         (("--max-drop", "1%"), "--eval"),
+        (("--device", "pixel-8"), "--device is not available for --target"),
+        (("--device", "ssh://nobody@127.0.0.1:1"), "--device is not available for --target"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_work(

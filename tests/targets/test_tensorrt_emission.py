@@ -21,8 +21,9 @@ from compress.reference import reference_session, run
 from compress.target import Capabilities, Check, Engine
 from quant.plan import QuantPlan
 from quant.ptq import Quantize
+from targets.gpu import Gpu
 from targets.onnxruntime import OnnxRuntime
-from targets.tensorrt_capabilities import PATTERNS, Gpu, tensorrt_capabilities
+from targets.tensorrt_capabilities import PATTERNS, tensorrt_capabilities
 from targets.tensorrt_graph import WEIGHTED
 from targets.tensorrt_rules import check
 
@@ -399,6 +400,9 @@ def test_formats_follow_the_gpu(capability: tuple[int, int], extra: set[str]) ->
 
 
 def test_an_old_gpu_and_an_unknown_one_are_named() -> None:
+    assert tensorrt_capabilities(Gpu("some GPU", (8, 9))).sparsity == ("2:4",)
+    assert tensorrt_capabilities(Gpu("some GPU", (7, 5))).sparsity == ()
+    assert tensorrt_capabilities().channel_multiple == 16
     assert "Tesla V100" in tensorrt_capabilities(Gpu("Tesla V100", (7, 0))).notes[0]
     assert "No GPU is known" in tensorrt_capabilities(None).notes[0]
 
