@@ -124,8 +124,8 @@ def check_deferred(
         )
     if devices:
         raise UsageError(
-            f"--device is not available for --target {target.name}: `compress build` measures where "
-            f"it runs. Copy the artifact there."
+            f"--device is not available for --target {target.name}: `compress build` measures "
+            f"where it runs. Copy the artifact there."
         )
     if objective != "latency":
         raise UsageError(
