@@ -30,6 +30,8 @@ class Site:
         inputs: shapes of the activation inputs; weights are not among them.
         output: shape of the first output, batch 1 where it is dynamic. -1 where unknown.
         weight: shape of the weight, or None.
+        strides: of a convolution or pool, one for each spatial axis; empty elsewhere.
+        groups: of a convolution; 1 elsewhere.
         macs: multiply-accumulates for one run at that shape.
         parameters: numbers in its initializers.
         live_bytes: activations that are in memory while it runs, if each is freed after its
@@ -44,6 +46,8 @@ class Site:
     macs: int
     parameters: int
     live_bytes: int
+    strides: tuple[int, ...] = ()
+    groups: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -74,6 +78,8 @@ def graph_sites(graph_model: ir.Model) -> tuple[Site, ...]:
                 macs=_macs(node, shapes),
                 parameters=_parameters(node, counted),
                 live_bytes=live[id(node)],
+                strides=_strides(node),
+                groups=node.attributes.get_int("group", 1),
             )
         )
     return tuple(found)
@@ -228,6 +234,14 @@ def weight_input(node: ir.Node) -> int | None:
         if value is not None and value.const_value is not None:
             return index
     return None
+
+
+def _strides(node: ir.Node) -> tuple[int, ...]:
+    """Of an operator with a window; ones where the attribute is left out."""
+    if node.op_type not in ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"):
+        return ()
+    rank = node.inputs[0].shape.rank() if node.inputs[0] and node.inputs[0].shape else 4
+    return tuple(node.attributes.get_ints("strides", [1] * (rank - 2)))
 
 
 def _weight_shape(node: ir.Node) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ adding a method; profiling and prediction are functions over a target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,39 @@ class Check:
 
 
 @dataclass(frozen=True)
+class TensorType:
+    """Shape and element type of a tensor that a kernel reads or writes; sizes of -1 are unknown."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of it, where unknown sizes count as 1."""
+        bits = _BITS.get(self.dtype)
+        bits = 8 * np.dtype(self.dtype).itemsize if bits is None else bits
+        return math.ceil(math.prod(map(abs, self.shape)) * bits / 8)
+
+
+_BITS = {"bfloat16": 16, "float8": 8, "uint4": 4, "int4": 4, "uint2": 2, "int2": 2, "string": 0}
+"""Of the element types that numpy does not have."""
+
+
+@dataclass(frozen=True)
+class KernelTensors:
+    """What a kernel moves: activations read, weights and other constants, activations written."""
+
+    inputs: tuple[TensorType, ...]
+    weights: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of them, each moved once."""
+        return sum(one.bytes for one in (*self.inputs, *self.weights, *self.outputs))
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One kernel of a built engine, after the runtime's own fusions.
 
@@ -175,6 +209,9 @@ class Kernel:
         site: name of the site that it executes, or "" for what the runtime inserted.
         backend: who executes it, where the runtime hands parts to a backend; "" for what the
             runtime executes itself.
+        fused: operators computed inside it besides its own, e.g. "Add+Relu", as far as the runtime
+            tells.
+        tensors: what it reads and writes; None where the runtime does not tell.
     """
 
     name: str
@@ -182,6 +219,8 @@ class Kernel:
     precision: str
     site: str = ""
     backend: str = ""
+    fused: str = ""
+    tensors: KernelTensors | None = None
 
 
 @dataclass(frozen=True)

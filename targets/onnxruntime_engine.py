@@ -7,8 +7,8 @@ import re
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from compress.errors import EngineError
-from compress.model import Arrays, TensorSpec
+from compress.model import Arrays, TensorSpec, random_inputs
 from compress.reference import run, session
-from compress.target import Kernel, KernelTime
+from compress.target import Kernel, KernelTensors, KernelTime, TensorType
 
 _INT8_KERNELS = frozenset(
     [
@@ -112,7 +112,26 @@ class OnnxRuntimeEngine:
         return save_onnx(self.graph_model, directory / "model.onnx")
 
     def kernels(self) -> tuple[Kernel, ...]:
-        """The optimized graph as ONNX Runtime writes it."""
+        """The optimized graph as ONNX Runtime writes it.
+
+        What each kernel reads and writes is read off one run on random inputs at batch 1, and
+        unknown where the model refuses those.
+        """
+        try:
+            optimized, events = self._traced(random_inputs(self.inputs, 1, _rng()), runs=1)
+        except EngineError:
+            optimized, events = self._traced({}, runs=0)
+        return kernels_of(optimized, self.graph_model, events=events)
+
+    def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
+        """Median time of each kernel under ONNX Runtime's profiler."""
+        optimized, events = self._traced(inputs, runs=runs + 3)
+        return _kernel_times(events, kernels_of(optimized, self.graph_model, events=events), runs)
+
+    def _traced(
+        self, inputs: Mapping[str, np.ndarray], runs: int
+    ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+        """The optimized graph, and the profiler's events of so many runs."""
         with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
             path = Path(folder) / "optimized.onnx"
             options = session_options(self.settings)
@@ -120,21 +139,16 @@ class OnnxRuntimeEngine:
             if _is_large(self.graph_model):
                 key = "session.optimized_model_external_initializers_file_name"
                 options.add_session_config_entry(key, "optimized.data")
-            self._open(options)
-            optimized = onnx.load(str(path), load_external_data=False)
-        return kernels_of(optimized, self.graph_model)
-
-    def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
-        """Median time of each kernel under ONNX Runtime's profiler."""
-        with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-            options = session_options(self.settings)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             runtime = self._open(options)
-            for _ in range(runs + 3):
-                run(runtime, inputs)
-            events = json.loads(Path(runtime.end_profiling()).read_text())
-        return _kernel_times(events, _Sites(self.graph_model), runs)
+            try:
+                for _ in range(runs):
+                    run(runtime, inputs)
+            finally:
+                written = Path(runtime.end_profiling())
+            events = json.loads(written.read_text())
+            return onnx.load(str(path), load_external_data=False), _kernel_events(events)
 
     def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
         return session(self.graph_model, options, PROVIDERS)
@@ -144,21 +158,83 @@ PROVIDERS = ("CPUExecutionProvider",)
 
 
 def kernels_of(
-    optimized: onnx.ModelProto, graph_model: ir.Model, wide: str = "float32"
+    optimized: onnx.ModelProto,
+    graph_model: ir.Model,
+    wide: str = "float32",
+    events: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Kernel, ...]:
-    """The nodes of the graph that ONNX Runtime made of a model; floats are in precision `wide`."""
+    """The nodes of the graph that ONNX Runtime made of a model.
+
+    Args:
+        optimized: that graph.
+        graph_model: the model.
+        wide: precision of what is computed in float.
+        events: of the profiler, which know shapes.
+    """
     sites = _Sites(graph_model)
-    integers = {i.name for i in optimized.graph.initializer if i.data_type in _INTEGER_TYPES}
-    found = (
-        _kernel(
-            node.name, node.op_type, sites, node.op_type == "Clip" and node.input[1] in integers
+    constants = {i.name: _constant_type(i) for i in optimized.graph.initializer}
+    told = {_kernel_name(event): event["args"] for event in events}
+    found = []
+    for node in optimized.graph.node:
+        bounds = constants.get(node.input[1]) if node.op_type == "Clip" else None
+        on_integers = bounds is not None and bounds.dtype in ("uint8", "int8")
+        precision = _precision(node.op_type, on_integers)
+        found.append(
+            Kernel(
+                node.name,
+                node.op_type,
+                wide if precision == "float32" else precision,
+                sites.find(node.name, node.op_type),
+                fused=_fused(node),
+                tensors=_tensors(node, constants, told.get(node.name, {})),
+            )
         )
-        for node in optimized.graph.node
+    return tuple(found)
+
+
+def _tensors(
+    node: onnx.NodeProto, constants: Mapping[str, TensorType], told: Mapping[str, Any]
+) -> KernelTensors | None:
+    """What an event of the profiler says that a node reads and writes."""
+    types, written = (
+        [_tensor_type(one) for one in told.get(key, ())]
+        for key in ("input_type_shape", "output_type_shape")
     )
-    return tuple(replace(k, precision=wide) if k.precision == "float32" else k for k in found)
+    reads: list[TensorType] = []
+    for name in filter(None, node.input):
+        # Constants that the kernel has packed for itself are missing from the event.
+        if name not in constants or (types and types[0] == constants[name]):
+            if not types:
+                return None
+            found = types.pop(0)
+            reads += [found] if name not in constants else []
+    if types or not written:
+        return None
+    weights = tuple(constants[name] for name in node.input if name in constants)
+    return KernelTensors(tuple(reads), weights, tuple(written))
 
 
-_INTEGER_TYPES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+def _tensor_type(told: Mapping[str, Sequence[int]]) -> TensorType:
+    """From {"float": [1, 16, 32, 32]}."""
+    ((dtype, shape),) = told.items()
+    return TensorType(tuple(shape), _DTYPES.get(dtype, dtype))
+
+
+def _constant_type(tensor: onnx.TensorProto) -> TensorType:
+    name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+    name = "float8" if name.startswith("float8") else name
+    return TensorType(tuple(tensor.dims), _DTYPES.get(name, name))
+
+
+_DTYPES = {"float": "float32", "double": "float64"}
+
+
+def _fused(node: onnx.NodeProto) -> str:
+    """What ONNX Runtime says that it computes inside a kernel: a sum, an activation."""
+    # The fourth input of a convolution in float is added to its result.
+    summed = node.op_type in ("Conv", "FusedConv") and len(node.input) == 4
+    names = [a.s.decode() for a in node.attribute if a.name == "activation" and a.s]
+    return "+".join((["Add"] if summed else []) + names)
 
 
 def session_options(settings: SessionSettings) -> ort.SessionOptions:
@@ -234,28 +310,39 @@ def _precision(op_type: str, on_integers: bool) -> str:
     return "float32"
 
 
-def _kernel(name: str, op_type: str, sites: _Sites, on_integers: bool) -> Kernel:
-    return Kernel(name, op_type, _precision(op_type, on_integers), sites.find(name, op_type))
+def _kernel_events(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_SUFFIX)]
 
 
-def _kernel_times(events: list[dict[str, Any]], sites: _Sites, runs: int) -> tuple[KernelTime, ...]:
+def _kernel_name(event: Mapping[str, Any]) -> str:
+    return str(event["name"]).removesuffix(_SUFFIX)
+
+
+_SUFFIX = "_kernel_time"
+
+
+def _kernel_times(
+    events: Sequence[Mapping[str, Any]], kernels: Sequence[Kernel], runs: int
+) -> tuple[KernelTime, ...]:
+    """The kernels with their times in the profiler's events, in order of execution.
+
+    Raises:
+        EngineError: the profiler told nothing.
+    """
+    known = {kernel.name: kernel for kernel in kernels}
     times: dict[str, list[float]] = defaultdict(list)
-    types: dict[str, str] = {}
-    integers: set[str] = set()
     for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        name = event["name"].removesuffix("_kernel_time")
+        name, op_type = _kernel_name(event), event["args"]["op_name"]
         times[name].append(float(event["dur"]))
-        types[name] = event["args"]["op_name"]
-        if types[name] == "Clip" and "int8" in str(event["args"].get("input_type_shape", "")):
-            integers.add(name)
+        # What runs inside an If is no node of the graph itself.
+        known.setdefault(name, Kernel(name, op_type, _precision(op_type, False)))
     if not times:
         raise EngineError("ONNX Runtime's profiler returned no kernels; is the graph empty?")
     return tuple(
-        KernelTime(
-            _kernel(name, types[name], sites, name in integers),
-            statistics.median(durations[-runs:]),
-        )
+        KernelTime(known[name], statistics.median(durations[-runs:]))
         for name, durations in times.items()
     )
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)

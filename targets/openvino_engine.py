@@ -21,7 +21,7 @@ import openvino as ov
 
 from compress.errors import EngineError, OutputError
 from compress.model import BATCH, Arrays, TensorSpec
-from compress.target import Kernel, KernelTime
+from compress.target import Kernel, KernelTensors, KernelTime, TensorType
 
 _MOST_STATIC_SIZES = 3
 """Batch sizes that get a compiled model of their own; further ones share a slower dynamic one."""
@@ -350,6 +350,11 @@ class _Sites:
         first = next(iter(found), "")
         return (first and self._behind(first)) if layer in _MULTIPLYING_KERNELS else first
 
+    def others(self, originals: list[str], site: str) -> list[str]:
+        """Types of the operators that a kernel was made from besides its site."""
+        names = (name for name in originals if self.known(name) not in ("", site))
+        return [self.ops[name].get_type_name() for name in names if name in self.ops]
+
     def _behind(self, site: str) -> str:
         """The multiply-accumulate that a chain of fused operators starts with."""
         op = self.ops.get(site)
@@ -398,8 +403,51 @@ def _info(op: Any, key: str) -> str:
 
 def _kernel(op: Any, sites: _Sites) -> Kernel:
     layer = _info(op, "layerType")
-    site = sites.find(_info(op, "originalLayersNames").split(","), layer)
-    return Kernel(op.get_friendly_name(), layer, _precision(op, layer, site, sites), site)
+    originals = _info(op, "originalLayersNames").split(",")
+    site = sites.find(originals, layer)
+    return Kernel(
+        op.get_friendly_name(),
+        layer,
+        _precision(op, layer, site, sites),
+        site,
+        fused="+".join(sites.others(originals, site)),
+        tensors=_tensors(op),
+    )
+
+
+def _tensors(op: Any) -> KernelTensors:
+    reads: list[TensorType] = []
+    weights: list[TensorType] = []
+    stored = _DTYPES.get(_info(op, "runtimePrecision"), "")
+    for port in op.inputs():
+        found = _tensor_type(port)
+        constant = _info(port.get_source_output().get_node(), "layerType") == "Const"
+        # A bias may have been converted on its way.
+        if not constant and len(found.shape) != 1:
+            reads.append(found)
+        else:
+            # The execution graph shows constants as they were before the kernel packed them.
+            narrowed = stored and found.dtype == "float32"
+            weights.append(TensorType(found.shape, stored) if narrowed else found)
+    return KernelTensors(tuple(reads), tuple(weights), tuple(map(_tensor_type, op.outputs())))
+
+
+def _tensor_type(port: Any) -> TensorType:
+    shape = (-1 if size.is_dynamic else size.get_length() for size in port.get_partial_shape())
+    name = port.get_element_type().get_type_name()
+    return TensorType(tuple(shape), _DTYPES.get(name, name))
+
+
+_DTYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i8": "int8",
+    "u8": "uint8",
+    "i32": "int32",
+    "i64": "int64",
+    "boolean": "bool",
+}
 
 
 def _precision(op: Any, layer: str, site: str, sites: _Sites) -> str:

@@ -12,7 +12,7 @@ import pytest
 from compress.errors import EngineError
 from compress.machine import Machine
 from compress.model import Model
-from compress.target import Adjustable
+from compress.target import Adjustable, TensorType
 from compress.testing import TargetContract
 from targets.onnxruntime import OnnxRuntime, onnxruntime_capabilities
 
@@ -157,6 +157,31 @@ def test_profile_covers_the_kernels() -> None:
     assert {"0", "4.depthwise", "4.pointwise", "8"} <= {one.kernel.site for one in times}
     assert all(one.p50_us >= 0 for one in times)
     assert sum(one.p50_us for one in times) > 0
+
+
+def test_kernels_say_what_they_move(onnx_model: Callable[..., Model]) -> None:
+    text = "g (float[batch,32,16,16] x) => (float[batch,64,8,8] z) {"
+    text += "[c] y = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w) [r] z = Relu(y)}"
+    model = onnx_model(text, w=(64, 32, 3, 3))
+    engine = ONE.build(model)
+    (kernel,) = [one for one in engine.kernels() if one.site == "c"]
+    assert kernel.fused == "Relu"
+    assert kernel.tensors is not None
+    assert kernel.tensors.inputs == (TensorType((1, 32, 16, 16), "float32"),)
+    assert kernel.tensors.weights[0] == TensorType((64, 32, 3, 3), "float32")
+    assert kernel.tensors.outputs == (TensorType((1, 64, 8, 8), "float32"),)
+    times = engine.profile(model.example(3), runs=2)
+    (timed,) = [one.kernel for one in times if one.kernel.site == "c"]
+    assert timed.tensors is not None
+    assert timed.tensors.outputs == (TensorType((3, 64, 8, 8), "float32"),)
+
+
+def test_every_kernel_of_an_int8_graph_says_what_it_moves(quantized: Model) -> None:
+    kernels = ONE.build(quantized).kernels()
+    assert all(kernel.tensors is not None for kernel in kernels)
+    (conv,) = [kernel for kernel in kernels if kernel.op_type == "QLinearConv"]
+    assert conv.tensors is not None
+    assert {one.dtype for one in conv.tensors.outputs} <= {"uint8", "int8"}
 
 
 def test_a_refused_model_is_an_engine_error() -> None:

@@ -207,6 +207,18 @@ def test_int8_kernels_are_told_from_conversions(quantized: Model) -> None:
     assert "convert" in {kernel.precision for kernel in kernels if not kernel.site}
 
 
+def test_kernels_say_what_they_move(onnx_model: Callable[..., Model]) -> None:
+    text = "g (float[batch,32,16,16] x) => (float[batch,64,8,8] z) {"
+    text += "[c] y = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w) [r] z = Relu(y)}"
+    engine = _engine(onnx_model(text, w=(64, 32, 3, 3)))
+    (kernel,) = [one for one in engine.kernels() if one.op_type == "Convolution"]
+    assert (kernel.site, kernel.fused) == ("c", "Relu")
+    assert kernel.tensors is not None
+    assert [one.shape for one in kernel.tensors.inputs] == [(1, 32, 16, 16)]
+    assert [one.shape for one in kernel.tensors.weights] == [(64, 32, 3, 3)]
+    assert [one.shape for one in kernel.tensors.outputs] == [(1, 64, 8, 8)]
+
+
 def test_truth_values_are_not_int8(mixed: Model) -> None:
     assert "int8" not in {kernel.precision for kernel in _engine(mixed).kernels()}
 
