@@ -41,6 +41,7 @@ from compress.facts import (
 )
 from compress.gap import simulation_gap
 from compress.graph import graph_sha256, graph_sites
+from compress.kernel_rows import kernel_tables
 from compress.loading import load
 from compress.lowering import export, lower
 from compress.machine import fingerprint, this_machine, versions
@@ -327,6 +328,9 @@ def run(
     chosen = measured.built(decision.chosen)
     if climbed is not None and chosen.variant is climbed.variant:
         passes = climbed.passes
+    with clock.phase("profile"):
+        shown = {one.candidate.name: one for one in (measured.all[0], chosen)}
+        kernels = kernel_tables(list(shown.values()), workload.inputs, sites)
     rows = site_rows_of(sites, measured, decision.chosen)
     gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(
@@ -350,6 +354,7 @@ def run(
         sensitivity=tuple(context.memo.get("quantize.sensitivity", ())),
         predicted=predicted_facts(sheet, sites, rows) if sheet is not None else {},
         devices=tuple(one.to_dict() for one in measured.devices),
+        kernels=kernels,
         latency=measured.latency,
         command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

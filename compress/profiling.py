@@ -15,6 +15,7 @@ from compress import artifact
 from compress.errors import UnsupportedError
 from compress.export import to_onnx
 from compress.graph import graph_sites
+from compress.kernel_rows import kernel_rows
 from compress.loading import load
 from compress.model import TensorSpec, random_inputs
 from compress.registry import create_target, require_target
@@ -29,8 +30,7 @@ class ProfileReport:
         model: its name.
         target: the target's name.
         threads: of one operator.
-        rows: runtime, kernel, op_type, precision, site, p50_us, share (0..1 of its runtime), macs,
-            gmacs_per_second.
+        rows: runtime, and what `compress.kernel_rows.kernel_rows` gives for it.
         layers: where there are several runtimes, one row per site: site, op_type, macs, and by
             runtime `p50_us` and `precision`; what no site executes is called "".
     """
@@ -87,7 +87,11 @@ def profile(
         runtime: engine.profile(random_inputs(engine.inputs, 1, np.random.default_rng(0)), runs)
         for runtime, engine in engines.items()
     }
-    rows = [row for runtime, found in times.items() for row in _rows(runtime, found, macs)]
+    rows = [
+        {"runtime": runtime, **row}
+        for runtime, found in times.items()
+        for row in kernel_rows(found, macs)
+    ]
     layers = _layers(times, types, macs) if len(times) > 1 else ()
     return ProfileReport(name, destination.name, threads or "all", tuple(rows), layers)
 
@@ -101,29 +105,6 @@ def _profilers(target: Target) -> list[Target]:
             f"measures the latency of the whole."
         )
     return found
-
-
-def _rows(
-    runtime: str, times: Sequence[KernelTime], macs: Mapping[str, int]
-) -> list[Mapping[str, Any]]:
-    total = sum(one.p50_us for one in times) or 1.0
-    rows: list[Mapping[str, Any]] = []
-    for one in times:
-        count = macs.get(one.kernel.site, 0)
-        rows.append(
-            {
-                "runtime": runtime,
-                "kernel": one.kernel.name,
-                "op_type": one.kernel.op_type,
-                "precision": one.kernel.precision,
-                "site": one.kernel.site,
-                "p50_us": one.p50_us,
-                "share": one.p50_us / total,
-                "macs": count,
-                "gmacs_per_second": count / one.p50_us / 1e3 if one.p50_us else 0.0,
-            }
-        )
-    return rows
 
 
 def _layers(

@@ -166,7 +166,10 @@ class Check:
 
 @dataclass(frozen=True)
 class TensorType:
-    """Shape and element type of a tensor that a kernel reads or writes; sizes of -1 are unknown."""
+    """A tensor that a kernel reads or writes, with its axes as the runtime lays them out.
+
+    Sizes of -1 are unknown.
+    """
 
     shape: tuple[int, ...]
     dtype: str

@@ -217,16 +217,18 @@ def _tensors(
 def _tensor_type(told: Mapping[str, Sequence[int]]) -> TensorType:
     """From {"float": [1, 16, 32, 32]}."""
     ((dtype, shape),) = told.items()
-    return TensorType(tuple(shape), _DTYPES.get(dtype, dtype))
+    return TensorType(tuple(shape), _dtype(dtype))
 
 
 def _constant_type(tensor: onnx.TensorProto) -> TensorType:
-    name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-    name = "float8" if name.startswith("float8") else name
-    return TensorType(tuple(tensor.dims), _DTYPES.get(name, name))
+    return TensorType(tuple(tensor.dims), _dtype(onnx.TensorProto.DataType.Name(tensor.data_type)))
 
 
-_DTYPES = {"float": "float32", "double": "float64"}
+def _dtype(name: str) -> str:
+    name = name.lower()
+    if name.startswith("float8"):
+        return "float8"
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _fused(node: onnx.NodeProto) -> str:

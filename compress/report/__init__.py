@@ -72,6 +72,8 @@ class Report:
         devices: where candidates were measured on other machines: this one first, then one row
             per device, fields of `compress.remote.OnDevice.to_dict`. `candidates` then hold the
             latencies of the device that `latency` names.
+        kernels: of the original and of the artifact, by candidate: `runtime`, and `rows` as
+            `compress.kernel_rows` makes them; profiled on this machine.
         latency: how the timing was made.
         calibration: where ranges come from, and the hash of the data.
         evaluation: what was scored, and the hash of the data.
@@ -115,6 +117,7 @@ class Report:
     prepared: Mapping[str, Any] = field(default_factory=dict)
     predicted: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[Mapping[str, Any], ...] = ()
+    kernels: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:

@@ -127,6 +127,23 @@ def test_the_report_proves_what_was_gained_and_lost(done: RunResult, files: File
 
 
 @needs_fast_int8
+def test_the_report_has_the_kernels_of_both(done: RunResult) -> None:
+    tables = done.report.kernels
+    assert list(tables) == ["float32", INT8]
+    for table in tables.values():
+        assert table["runtime"] == "onnxruntime"
+        assert sum(row["share"] for row in table["rows"]) == pytest.approx(1)
+        # Every multiplication is counted once, whatever the runtime made of the operators.
+        macs = sum(row["macs"] for row in table["rows"])
+        assert macs == sum(site["macs"] for site in done.report.sites)
+        assert all(row["bytes"] > 0 for row in table["rows"])
+    convs = [row for row in tables[INT8]["rows"] if row["op_type"] == "QLinearConv"]
+    assert len(convs) == 3
+    # ONNX Runtime lays integers out with the channels last.
+    assert convs[1]["outputs"] == [[[1, 16, 16, 64], "uint8"]]
+
+
+@needs_fast_int8
 def test_the_files_have_the_hashes_of_the_report(done: RunResult) -> None:
     assert set(done.report.files) == {"model.onnx", "plan.json", "recipe.yaml"}
     for name, digest in done.report.files.items():
