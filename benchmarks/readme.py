@@ -1,4 +1,4 @@
-"""The tables of README.md from the results: `python -m benchmarks.readme` writes them in place.
+"""The tables of both READMEs from the results: `python -m benchmarks.readme` writes them in place.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`; what is between is replaced.
 """
@@ -18,7 +18,7 @@ from benchmarks.peers import EXECUTORCH, ORT_FLOAT, ORT_INT8, OV_INT8, OV_QDQ, O
 
 FORMS = ("+.2f", ".1f", ".3f")
 UNITS = ("", " dB", " ms")
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
 
 
 def entries(name: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    """Replace every table in README.md."""
+    """Replace every table of both pages."""
     tables = {
         "zoo_latency": against_peers("zoo_latency"),
         "zoo_throughput": against_peers("zoo_throughput"),
@@ -209,13 +209,16 @@ def main() -> None:
         "climbs": climbs(),
         "choices": choices(),
     }
-    text = README.read_text()
+    texts = {page: page.read_text() for page in PAGES}
     for name, rows in tables.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- end -->)", re.DOTALL)
-        if not place.search(text):
-            raise SystemExit(f"{README} has no place for the table {name}.")
-        text = place.sub(lambda found, rows=rows: f"{found[1]}{markdown(rows)}\n<!-- end -->", text)
-    README.write_text(text)
+        page = next((page for page, text in texts.items() if place.search(text)), None)
+        if page is None:
+            raise SystemExit(f"No page has a place for the table {name}.")
+        put = f"{markdown(rows)}\n<!-- end -->"
+        texts[page] = place.sub(lambda found, put=put: f"{found[1]}{put}", texts[page])
+    for page, text in texts.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
