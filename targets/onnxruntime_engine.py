@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from compress.errors import EngineError
+from compress.liveness import Program
 from compress.model import Arrays, TensorSpec
 from compress.reference import run, session
 from compress.target import Kernel, KernelTime
@@ -113,28 +114,58 @@ class OnnxRuntimeEngine:
 
     def kernels(self) -> tuple[Kernel, ...]:
         """The optimized graph as ONNX Runtime writes it."""
+        return kernels_of(self._optimized(session_options(self.settings)), self.graph_model)
+
+    def schedule(self) -> Program | None:
+        """The optimized graph for batch 1, with ONNX Runtime's plan of its buffers."""
+        from targets.onnxruntime_memory import planned
+
+        options = session_options(self.settings)
+        for name in dict.fromkeys(s for spec in self.inputs for s in spec.shape):
+            if isinstance(name, str):
+                options.add_free_dimension_override_by_name(name, 1)
+        return planned(self._optimized(options))
+
+    def memory_in_use(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        """What the session's arena had given out at most during the first run, and the inputs."""
+        from targets.onnxruntime_memory import most_in_use
+
+        options = session_options(self.settings)
+        # Each tensor for itself: with a pattern, one block for all of them hides what is alive.
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = True
+        activations = most_in_use(self._events(options, inputs, 1))
+        if activations is None:
+            return None
+        return activations + sum(np.asarray(array).nbytes for array in inputs.values())
+
+    def _optimized(self, options: ort.SessionOptions) -> onnx.ModelProto:
         with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
             path = Path(folder) / "optimized.onnx"
-            options = session_options(self.settings)
             options.optimized_model_filepath = str(path)
             if _is_large(self.graph_model):
                 key = "session.optimized_model_external_initializers_file_name"
                 options.add_session_config_entry(key, "optimized.data")
             self._open(options)
-            optimized = onnx.load(str(path), load_external_data=False)
-        return kernels_of(optimized, self.graph_model)
+            return onnx.load(str(path), load_external_data=False)
 
     def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
         """Median time of each kernel under ONNX Runtime's profiler."""
+        events = self._events(session_options(self.settings), inputs, runs + 3)
+        return _kernel_times(events, _Sites(self.graph_model), runs)
+
+    def _events(
+        self, options: ort.SessionOptions, inputs: Mapping[str, np.ndarray], runs: int
+    ) -> list[dict[str, Any]]:
+        """What the profiler writes about that many runs."""
         with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-            options = session_options(self.settings)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             runtime = self._open(options)
-            for _ in range(runs + 3):
+            for _ in range(runs):
                 run(runtime, inputs)
-            events = json.loads(Path(runtime.end_profiling()).read_text())
-        return _kernel_times(events, _Sites(self.graph_model), runs)
+            events: list[dict[str, Any]] = json.loads(Path(runtime.end_profiling()).read_text())
+        return events
 
     def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
         return session(self.graph_model, options, PROVIDERS)
