@@ -15,7 +15,7 @@ import typer
 
 from compress import options
 from compress.errors import OutputError, UsageError
-from compress.exits import NOT_MET, PREPARED, explain
+from compress.exits import CANNOT_TELL, NOT_MET, PREPARED, explain
 
 if TYPE_CHECKING:
     from compress.model import TensorSpec
@@ -46,7 +46,8 @@ def _root(
     """Make a trained model small and fast for one target, and prove it with measurements.
 
     Exit codes: 0 done and within the budget, 1 budget not met or nothing faster found,
-    2 wrong usage or input, 3 unexpected error, 4 prepared for `compress build`, 130 stopped.
+    2 wrong usage or input, 3 unexpected error, 4 prepared for `compress build`,
+    5 `compress check --cannot-tell fail` could not tell, 130 stopped.
     """
 
 
@@ -372,6 +373,143 @@ def compare(
 
 
 @_command(
+    "check",
+    "compress check model-cpu --against baseline",
+    "compress check model-cpu --against model.onnx --budget budgets.yaml --eval test.npz",
+    "compress check model-cpu --against baseline --max-slowdown 5% --time 20 --cannot-tell fail",
+    "compress check model-cpu --against baseline --junit check.xml --markdown check.md",
+)
+def check(
+    candidate: options.Candidate,
+    against: options.Against = None,
+    budget: options.BudgetFile = None,
+    max_slowdown: options.MaxSlowdown = None,
+    evaluate: options.Evaluate = None,
+    max_drop: options.MaxDrop = None,
+    cannot_tell: options.CannotTell = "pass",
+    seconds: options.CheckTime = 60.0,
+    threads: options.CheckThreads = None,
+    inputs: options.Inputs = None,
+    layout: options.Layout = "auto",
+    mean: options.Mean = None,
+    std: options.Std = None,
+    junit: options.Junit = None,
+    markdown: options.MarkdownFile = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Gate a model against a baseline: for CI, on noisy machines too.
+
+    Both run in turns on this machine, built anew many times, until the verdict is sure or --time
+    is up. Without a budget the median latency may rise by 2.5 %: half-way between no change and a
+    slow-down of 5 %, so that equal models pass, 5 % is found, and a small model takes seconds.
+    A change near the limit cannot be told, and --cannot-tell says what becomes of it.
+
+    Absolute times in a budget are judged only on the machine that the budget names.
+    """
+    from compress.regression.publish import publish, publish_error
+
+    files = {"junit": junit, "comment": markdown}
+    try:
+        specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
+        from compress.regression import check as check_one
+
+        result = check_one(
+            candidate,
+            against,
+            budget=budget,
+            evaluate_on=evaluate,
+            max_slowdown=max_slowdown,
+            max_drop=max_drop,
+            cannot_tell=cannot_tell,
+            seconds=seconds,
+            threads=threads,
+            inputs=specs,
+            layout=layout,
+            mean=means,
+            std=deviations,
+            seed=seed,
+            progress=_progress(),
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        _, message = explain(error)
+        try:
+            _print_lines(publish_error(candidate, message, os.environ, **files), as_json)
+        except OutputError as second:
+            typer.secho(str(second), err=True, fg=typer.colors.RED)
+        raise
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from compress import render
+
+        render.check(result)
+    _print_lines(publish(result, os.environ, **files), as_json)
+    if result.verdict == "cannot tell":
+        typer.secho(f"Attention: {result.headline}", err=True, fg=typer.colors.YELLOW)
+    if not result.ok:
+        raise typer.Exit(NOT_MET if result.verdict == "fail" else CANNOT_TELL)
+
+
+@_command(
+    "baseline",
+    "compress baseline model-cpu --out baseline",
+    "compress baseline model-cpu --out baseline --eval test.npz --budget budgets.yaml",
+    "compress baseline model.onnx --threads 1 --seconds 20 --force",
+)
+def baseline(
+    source: options.Candidate,
+    out: options.BaselineDirectory = None,
+    force: options.ForceBaseline = False,
+    budget: options.StartingBudget = None,
+    evaluate: options.Evaluate = None,
+    layout: options.Layout = "auto",
+    mean: options.Mean = None,
+    std: options.Std = None,
+    seconds: options.Seconds = 10.0,
+    threads: options.CheckThreads = None,
+    inputs: options.Inputs = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Record what `compress check` compares with.
+
+    A directory with a copy that can run again and `baseline.json`: latency over fresh sessions,
+    accuracy, size, peak memory, machine and versions. With --budget also a file of limits to start
+    from.
+    """
+    specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
+    from compress.regression.recording import record_baseline
+
+    directory, record = record_baseline(
+        source,
+        out,
+        overwrite=force,
+        budget=budget,
+        evaluate_on=evaluate,
+        seconds=seconds,
+        threads=threads,
+        inputs=specs,
+        layout=layout,
+        mean=means,
+        std=deviations,
+        seed=seed,
+        progress=_progress(),
+    )
+    if as_json:
+        import dataclasses
+
+        _print_json({"directory": str(directory), "record": dataclasses.asdict(record)})
+    else:
+        from compress import render
+
+        render.baseline(record)
+        typer.echo(f"Baseline: {directory}")
+        if budget is not None:
+            typer.echo(f"Budget: {budget}")
+
+
+@_command(
     "profile",
     "compress profile model.onnx --target cpu --threads 1",
     "compress profile model.onnx --out profile.json",
@@ -502,6 +640,12 @@ def _progress() -> Progress:
     from compress.progress import terminal
 
     return terminal
+
+
+def _print_lines(lines: Sequence[str], to_stderr: bool) -> None:
+    """Workflow commands, which the runner reads from either stream."""
+    for line in lines:
+        typer.echo(line, err=to_stderr)
 
 
 def _print_json(value: Any) -> None:

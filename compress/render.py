@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from compress.latency import Comparison
     from compress.model import Model
     from compress.profiling import ProfileReport
+    from compress.regression.record import Record
+    from compress.regression.result import CheckResult
     from compress.remote import OnDevice
     from compress.side_by_side import SideBySide
 
@@ -102,6 +104,44 @@ def on_devices(results: Sequence[OnDevice]) -> None:
                 out.print(text, highlight=False, markup=False)
         for name, reason in result.failures.items():
             out.print(f"{name} failed there: {reason}", highlight=False, markup=False)
+
+
+def check(result: CheckResult) -> None:
+    """The table of `compress check`."""
+    from compress.regression.result import cells
+
+    table = _table("metric", "limit", right=("baseline", "candidate", "found"), last="verdict")
+    for row in result.rows:
+        table.add_row(*map(escape, cells(row)[:-1]))
+    out = console()
+    out.print(table)
+    for row in result.rows:
+        if row.reason:
+            out.print(f"{row.metric}: {row.reason}", highlight=False, markup=False)
+    for note in result.notes:
+        out.print(note, highlight=False, markup=False)
+    out.print(
+        f"Pairs of sessions: {result.pairs}, looks: {result.looks}, {result.seconds:.1f} s",
+        highlight=False,
+    )
+    out.print(result.headline, highlight=False, markup=False)
+
+
+def baseline(record: Record) -> None:
+    """The table of `compress baseline`."""
+    table = _table("what", "found")
+    for quantile in ("p50", "p90"):
+        one = record.latency[f"{quantile}_ms"]
+        shown = f"{one['value']:.4g} ms [{one['low']:.4g}, {one['high']:.4g}]"
+        table.add_row(f"latency_{quantile}", shown)
+    accuracy = record.accuracy
+    if accuracy is not None:
+        table.add_row("accuracy", f"{accuracy['value']:.6g} on {escape(accuracy['data'])}")
+    table.add_row("size", f"{record.size_bytes} bytes")
+    peak = record.peak_memory_bytes
+    table.add_row("peak_memory", f"{peak} bytes" if peak is not None else "unknown")
+    table.add_row("machine", f"{escape(record.machine['cpu'])}, {record.machine['fingerprint']}")
+    console().print(table)
 
 
 def side_by_side(result: SideBySide) -> None:

@@ -190,8 +190,7 @@ def _limits(metric: str, value: object, where: str) -> dict[Key, Limit | None]:
     if not isinstance(value, Mapping) or not value:
         one = KINDS[known(metric, KINDS, where, "metric")]
         raise UsageError(
-            f"{where}: {metric} is {value!r}, and it must be a mapping with "
-            f"{' or '.join(one)}."
+            f"{where}: {metric} is {value!r}, and it must be a mapping with {' or '.join(one)}."
         )
     found: dict[Key, Limit | None] = {}
     for kind, given in value.items():

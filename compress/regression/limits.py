@@ -20,7 +20,7 @@ MAX_SLOWDOWN = 0.025
 """Default of the relative latency: half-way between no change and 5 %, the smallest slow-down that
 the gate finds for certain at its default setting. Less would take longer and more."""
 
-_MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3, "μs": 1e-3}  # noqa: RUF001 (both signs)
+_MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3, "μs": 1e-3}
 _BYTES = {
     "B": 1.0,
     "kB": 1e3,
@@ -125,9 +125,7 @@ def known(name: object, allowed: Iterable[T], where: str, what: str) -> T:
             return one
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UsageError(
-        f"{where}: {name!r} is no {what} here; allowed are {', '.join(names)}.{hint}"
-    )
+    raise UsageError(f"{where}: {name!r} is no {what} here; allowed are {', '.join(names)}.{hint}")
 
 
 def show(metric: Metric, value: float) -> str:
@@ -146,7 +144,7 @@ def points(fraction: float) -> str:
 
 
 def percent(given: object) -> float:
-    """"3%" as 0.03.
+    """Read a share with its sign: 0.03 for "3%".
 
     Raises:
         ValueError: anything else, 0.03 and 3 among it, which could be meant either way.

@@ -48,7 +48,7 @@ class Row:
         """Value and interval in words."""
         if self.value is None:
             return ""
-        middle = _figure(self.value, self.unit)
+        middle = _figure(self.value, self.unit) + _SUFFIX.get(self.unit, "")
         if self.low is None or self.high is None:
             return middle
         return f"{middle} [{_figure(self.low, self.unit)}, {_figure(self.high, self.unit)}]"
@@ -160,6 +160,9 @@ def text_table(rows: Sequence[Row]) -> str:
     ]
     reasons = [f"{row.metric} ({row.verdict}): {row.reason}" for row in rows if row.reason]
     return "\n".join([*table, *reasons])
+
+
+_SUFFIX = {"ms": " ms", "bytes": " bytes", "points": " points"}
 
 
 def _figure(value: float, unit: str) -> str:

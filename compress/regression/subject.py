@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compress.artifact import REPORT, engine_factory, read_report
 from compress.candidates import size_of
 from compress.errors import CompressError, LoadError
 from compress.model import TensorSpec
 from compress.registry import create_target
 from compress.regression.record import RECORD, Record, read_record
+from compress.side_by_side import request
 from compress.target import Engine, runtimes
 
 DEFAULT_TARGET = "cpu"
@@ -42,7 +45,9 @@ class Subject:
 
     @property
     def size_bytes(self) -> int:
-        """As the report counts it: what its engine saves, or what a device needs of it."""
+        """Shipped bytes as the report counts them: what its engine saves, or a device needs."""
+        if self.report is not None:
+            return int(_chosen(self.report)["size_bytes"])
         return size_of(self.engine)
 
     @property
@@ -65,13 +70,19 @@ class Subject:
 
 def report_score(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The score of the candidate that became the artifact, with the data that it was found on."""
-    chosen = [one for one in report["candidates"] if one["name"] == report["chosen"]]
-    score = chosen[0]["score"] if chosen else None
-    evaluation = report["evaluation"]
+    score, evaluation = _chosen(report)["score"], report["evaluation"]
     if not score or score.get("where") or not evaluation.get("sha256"):
         return None
     facts = {"data": evaluation["data"], "sha256": evaluation["sha256"]}
     return {"n": None, **score, **facts}
+
+
+def _chosen(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The candidate that became the artifact."""
+    found: Mapping[str, Any] = next(
+        one for one in report["candidates"] if one["name"] == report["chosen"]
+    )
+    return found
 
 
 def open_subject(
@@ -160,3 +171,22 @@ def _threads(given: Path | str) -> int | None:
 def _names(found: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in found if name))
 
+
+def fresh_sides(
+    sides: Mapping[str, Subject], seed: int
+) -> Callable[[], Mapping[str, Callable[[], object]]]:
+    """A function that builds every side anew, in an order drawn each time.
+
+    The order is drawn because memory is given out in it, and the first tends to be the faster.
+    """
+    rng = np.random.default_rng(seed)
+    batch = max(side.batch for side in sides.values())
+
+    def build() -> Mapping[str, Callable[[], object]]:
+        calls = {}
+        for index in rng.permutation(len(sides)):
+            name = list(sides)[index]
+            calls[name] = request(sides[name].name, sides[name].build(), batch, seed)
+        return {name: calls[name] for name in sides}
+
+    return build

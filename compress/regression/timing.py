@@ -9,7 +9,7 @@ first, so the order is drawn anew for each pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -29,10 +29,10 @@ from compress.regression.sequential import (
 )
 from compress.sessions import each_session
 
-PAIR_SECONDS = 0.3
+PAIR_SECONDS = 0.25
 """Timing of one pair: enough that the sessions' own luck, and not this, is the larger noise."""
-BLOCK_SECONDS = 0.005
-ROUNDS = 6
+BLOCK_SECONDS = 0.01
+ROUNDS = 5
 
 BASELINE, CANDIDATE = "baseline", "candidate"
 Calls = Mapping[str, Callable[[], object]]
@@ -69,9 +69,18 @@ class Pairs:
         ninth = math.log(sides[CANDIDATE].p90_ms / sides[BASELINE].p90_ms)
         self.slowdowns.setdefault("p90", []).append(ninth)
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of what was measured."""
+        return tuple(dict.fromkeys(side for side, _ in self.found))
+
+    def array(self, quantile: str, side: str = CANDIDATE) -> np.ndarray:
+        """Milliseconds of each session (pairs,)."""
+        return np.array(self.found[side, quantile])
+
     def middle_ms(self, side: str, quantile: str) -> float:
         """Median over the sessions."""
-        return float(np.median(self.found[side, quantile]))
+        return float(np.median(self.array(quantile, side)))
 
     def ratio(self, quantile: str, alpha: float) -> Interval:
         """Candidate over baseline; above 1 is slower."""
@@ -79,7 +88,7 @@ class Pairs:
 
     def absolute_ms(self, quantile: str, alpha: float) -> Interval:
         """Of the candidate alone."""
-        return median_interval(np.array(self.found[CANDIDATE, quantile]), alpha)
+        return median_interval(self.array(quantile), alpha)
 
     def interval(self, limit: Limit, alpha: float) -> Interval:
         """What the limit is about: the ratio or the milliseconds."""
@@ -138,11 +147,8 @@ def judge(
     wanted = due = first_look(alpha)
     pairs, look = Pairs(), 0
     start = last = perf_counter()
-    sessions = each_session(
-        build, seconds=PAIR_SECONDS, min_blocks=ROUNDS, block_seconds=BLOCK_SECONDS, seed=seed
-    )
     with progress("Measuring pairs of sessions", seconds) as advance:
-        for session in sessions:
+        for session in _sessions(build, seed):
             pairs.add(session)
             now = perf_counter()
             advance(now - last)
@@ -156,6 +162,34 @@ def judge(
                 break
             due = next_look(len(pairs))
     return Judged(pairs, look, spent(look, alpha), wanted, last - start)
+
+
+def measure_alone(
+    build: Callable[[], Calls],
+    *,
+    seconds: float,
+    fewest: int,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Pairs:
+    """Sessions of one side, for a record: at least `fewest`, then until the time is up."""
+    pairs = Pairs()
+    start = last = perf_counter()
+    with progress("Measuring sessions", seconds) as advance:
+        for session in _sessions(build, seed):
+            pairs.add(session)
+            now = perf_counter()
+            advance(now - last)
+            last = now
+            if now - start >= seconds and len(pairs) >= fewest:
+                break
+    return pairs
+
+
+def _sessions(build: Callable[[], Calls], seed: int) -> Iterator[Comparison]:
+    return each_session(
+        build, seconds=PAIR_SECONDS, min_blocks=ROUNDS, block_seconds=BLOCK_SECONDS, seed=seed
+    )
 
 
 def _certain(pairs: Pairs, limits: Sequence[Limit], alpha: float) -> bool:
