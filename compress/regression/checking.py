@@ -14,12 +14,12 @@ from compress.data import Layout
 from compress.errors import UsageError
 from compress.machine import Machine, fingerprint, this_machine, versions
 from compress.max_drop import parse_max_drop
-from compress.metrics import resolve_evaluator
+from compress.metrics import Evaluator, resolve_evaluator
 from compress.model import TensorSpec
 from compress.progress import Progress, silent
 from compress.regression.budgets import Applied, Budget, load_budget
 from compress.regression.fixed import NO_BASELINE, accuracy_rows, bytes_rows, evaluate
-from compress.regression.limits import MAX_SLOWDOWN, Limit, percent, show
+from compress.regression.limits import MAX_DROP, MAX_SLOWDOWN, Limit, percent, show
 from compress.regression.lock import measuring_alone
 from compress.regression.result import CheckResult, Policy, Row, overall
 from compress.regression.sequential import ALPHA, Interval
@@ -81,21 +81,65 @@ def check(
         DataError: the evaluation data do not fit.
         EngineError: a side failed.
     """
-    start = perf_counter()
     _check_options(against, budget, cannot_tell, seconds)
     given = load_budget(budget) if budget is not None else Budget(())
     overriding = _overriding(max_slowdown, max_drop)
-    machine = this_machine()
     own, other, notes = open_pair(candidate, against, threads=threads, inputs=inputs)
     if other is not None:
         check_same_inputs((own.name, other.name), other.engine, own.engine)
-    applied = given.applied(own.targets, fingerprint(machine))
-    limits = _limits(applied, overriding, evaluate_on is not None, against is not None)
     evaluator = None
     if evaluate_on is not None:
         evaluator = resolve_evaluator(
             evaluate_on, own.engine.inputs, layout=layout, mean=mean, std=std
         )
+    return check_sides(
+        own,
+        other,
+        budget=given,
+        overriding=overriding,
+        evaluator=evaluator,
+        cannot_tell=cannot_tell,
+        seconds=seconds,
+        seed=seed,
+        notes=notes,
+        progress=progress,
+    )
+
+
+def check_sides(
+    own: Subject,
+    other: Subject | None,
+    *,
+    budget: Budget,
+    overriding: Sequence[Limit] = (),
+    evaluator: Evaluator | None = None,
+    cannot_tell: Policy = "pass",
+    seconds: float = SECONDS,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+    progress: Progress = silent,
+) -> CheckResult:
+    """The check of sides that are open.
+
+    Args:
+        own: the candidate.
+        other: the baseline, which takes the same inputs.
+        budget: limits by target and machine.
+        overriding: limits that go before those of the budget.
+        evaluator: scores both sides.
+        cannot_tell: whether a verdict "cannot tell" lets the candidate pass.
+        seconds: longest time to measure latency.
+        seed: of everything random.
+        notes: that the result begins with.
+        progress: opens trackers.
+
+    Raises:
+        DataError: the evaluation data do not fit.
+        EngineError: a side failed.
+    """
+    start, machine = perf_counter(), this_machine()
+    applied = budget.applied(own.targets, fingerprint(machine))
+    limits = _limits(applied, overriding, evaluator is not None, other is not None)
     scores = evaluate(own, other, evaluator, seed, progress)
     accuracy = accuracy_rows(scores, [one for one in limits if one.metric == "accuracy"], other)
     sizes = bytes_rows(own, other, limits)
@@ -105,19 +149,15 @@ def check(
         judged = judge(
             fresh_sides(sides, seed), timed, seconds=seconds, seed=seed, progress=progress
         )
-    rows = (
-        *_latency_rows(judged, timed, limits, other),
-        *accuracy,
-        *sizes,
-        *_elsewhere(applied),
-    )
+    latency = _latency_rows(judged, timed, limits, other)
+    rows = (*latency, *accuracy, *sizes, *_elsewhere(applied))
     return CheckResult(
         candidate=own.name,
         baseline=other.name if other else "",
         verdict=overall(rows),
         cannot_tell=cannot_tell,
         rows=rows,
-        notes=(*notes, *waited, *_notes(own, other, machine, given, judged)),
+        notes=(*notes, *waited, *_notes(own, other, machine, budget, judged)),
         pairs=len(judged.pairs),
         looks=judged.looks,
         seconds=perf_counter() - start,
@@ -176,10 +216,6 @@ def _limits(
         if key not in applied.lifted:
             found.setdefault((one.metric, one.kind), one)
     return tuple(found.values())
-
-
-MAX_DROP = 0.01
-"""Default of the accuracy that may be lost where there is --eval: one point."""
 
 
 def _latency_rows(

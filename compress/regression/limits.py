@@ -20,6 +20,9 @@ MAX_SLOWDOWN = 0.025
 """Default of the relative latency: half-way between no change and 5 %, the smallest slow-down that
 the gate finds for certain at its default setting. Less would take longer and more."""
 
+MAX_DROP = 0.01
+"""Default of the accuracy that may be lost where there is --eval: one point."""
+
 _MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3, "μs": 1e-3}
 _BYTES = {
     "B": 1.0,

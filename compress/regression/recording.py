@@ -19,10 +19,10 @@ from compress.memory.engines import engine_peak
 from compress.metrics import resolve_evaluator
 from compress.model import TensorSpec
 from compress.progress import Progress, silent
-from compress.regression.checking import MAX_DROP, PACKAGES
+from compress.regression.checking import PACKAGES
 from compress.regression.files import write
 from compress.regression.fixed import evaluate
-from compress.regression.limits import MAX_SLOWDOWN
+from compress.regression.limits import MAX_DROP, MAX_SLOWDOWN
 from compress.regression.lock import measuring_alone
 from compress.regression.record import MODEL, RECORD, Record
 from compress.regression.sequential import ALPHA, first_look, median_interval
