@@ -79,9 +79,9 @@ SCENARIOS = {
     "layers 5 %": Scenario(50, layers=True),
     "busy 10 %": Scenario(30, 0.10),
     "equal, 2 threads": Scenario(40, threads=2),
-    "busy 5 %, 2 threads": Scenario(30, 0.05, threads=2),
+    "busy 5 %, 2 threads": Scenario(20, 0.05, threads=2),
     "busy 10 %, 2 threads": Scenario(10, 0.10, threads=2),
-    "busy 3 %": Scenario(10, 0.03),
+    "busy 3 %": Scenario(8, 0.03),
 }
 
 

@@ -24,7 +24,7 @@ from compress.regression.lock import measuring_alone
 from compress.regression.result import CheckResult, Policy, Row, overall
 from compress.regression.sequential import ALPHA, Interval
 from compress.regression.subject import Subject, fresh_sides, open_pair
-from compress.regression.timing import BASELINE, CANDIDATE, Judged, judge, threshold
+from compress.regression.timing import BASELINE, CANDIDATE, Judged, judge, sessions_of, threshold
 from compress.side_by_side import check_same_inputs
 
 SECONDS = 60.0
@@ -146,9 +146,8 @@ def check_sides(
     timed = [one for one in limits if one.latency and (one.absolute or other is not None)]
     sides = {CANDIDATE: own} if other is None else {BASELINE: other, CANDIDATE: own}
     with measuring_alone(progress) as waited:
-        judged = judge(
-            fresh_sides(sides, seed), timed, seconds=seconds, seed=seed, progress=progress
-        )
+        sessions = sessions_of(fresh_sides(sides, seed), seed)
+        judged = judge(sessions, timed, seconds=seconds, progress=progress)
     latency = _latency_rows(judged, timed, limits, other)
     rows = (*latency, *accuracy, *sizes, *_elsewhere(applied))
     return CheckResult(

@@ -27,7 +27,7 @@ from compress.regression.lock import measuring_alone
 from compress.regression.record import MODEL, RECORD, Record
 from compress.regression.sequential import ALPHA, first_look, median_interval
 from compress.regression.subject import Subject, fresh_sides, open_subject
-from compress.regression.timing import CANDIDATE, measure_alone
+from compress.regression.timing import CANDIDATE, measure_alone, sessions_of
 
 GROWTH = 0.05
 """Room above the measured bytes in a starting budget."""
@@ -143,10 +143,9 @@ def _measured(
     score = evaluate(side, None, scorer, seed, progress).candidate
     with measuring_alone(progress):
         pairs = measure_alone(
-            fresh_sides({CANDIDATE: side}, seed),
+            sessions_of(fresh_sides({CANDIDATE: side}, seed), seed),
             seconds=seconds,
             fewest=first_look(),
-            seed=seed,
             progress=progress,
         )
     machine = this_machine()

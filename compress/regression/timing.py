@@ -9,7 +9,7 @@ first, so the order is drawn anew for each pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -35,7 +35,6 @@ BLOCK_SECONDS = 0.01
 ROUNDS = 5
 
 BASELINE, CANDIDATE = "baseline", "candidate"
-Calls = Mapping[str, Callable[[], object]]
 
 
 @dataclass
@@ -122,11 +121,10 @@ def threshold(limit: Limit) -> float:
 
 
 def judge(
-    build: Callable[[], Calls],
+    sessions: Iterable[Comparison],
     limits: Sequence[Limit],
     *,
     seconds: float,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> Judged:
     """Measure pairs until one limit is surely broken, all are surely kept, or the time is up.
@@ -134,10 +132,10 @@ def judge(
     Several limits share the error (Bonferroni). Without limits, one look ends it.
 
     Args:
-        build: both sides anew, or the candidate alone, by `BASELINE` and `CANDIDATE`.
+        sessions: of both sides, or of the candidate alone, by `BASELINE` and `CANDIDATE`; each is
+            asked for when it is needed.
         limits: on latency.
         seconds: for all pairs, building included; the last pair may end later.
-        seed: of the order of blocks.
         progress: opens a tracker in seconds.
 
     Raises:
@@ -148,7 +146,7 @@ def judge(
     pairs, look = Pairs(), 0
     start = last = perf_counter()
     with progress("Measuring pairs of sessions", seconds) as advance:
-        for session in _sessions(build, seed):
+        for session in sessions:
             pairs.add(session)
             now = perf_counter()
             advance(now - last)
@@ -161,22 +159,21 @@ def judge(
             if over or _certain(pairs, limits, spent(look, alpha)):
                 break
             due = next_look(len(pairs))
-    return Judged(pairs, look, spent(look, alpha), wanted, last - start)
+    return Judged(pairs, look, spent(max(1, look), alpha), wanted, last - start)
 
 
 def measure_alone(
-    build: Callable[[], Calls],
+    sessions: Iterable[Comparison],
     *,
     seconds: float,
     fewest: int,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> Pairs:
     """Sessions of one side, for a record: at least `fewest`, then until the time is up."""
     pairs = Pairs()
     start = last = perf_counter()
     with progress("Measuring sessions", seconds) as advance:
-        for session in _sessions(build, seed):
+        for session in sessions:
             pairs.add(session)
             now = perf_counter()
             advance(now - last)
@@ -186,7 +183,10 @@ def measure_alone(
     return pairs
 
 
-def _sessions(build: Callable[[], Calls], seed: int) -> Iterator[Comparison]:
+def sessions_of(
+    build: Callable[[], Mapping[str, Callable[[], object]]], seed: int
+) -> Iterator[Comparison]:
+    """Sessions without end, as short as a pair may be."""
     return each_session(
         build, seconds=PAIR_SECONDS, min_blocks=ROUNDS, block_seconds=BLOCK_SECONDS, seed=seed
     )
