@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.liveness import Program, Step, peak, storages, sweep
-from compress.memory.arena import arena
 from compress.memory.order import best_order
+from compress.memory.packing import arena
 
 
 @st.composite
