@@ -39,7 +39,11 @@ _IN_PLACE = POINTWISE | COMBINING | BY_ROWS
 
 
 def program_of(
-    graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]], reading: Reading = "as written"
+    graph: ir.Graph,
+    shapes: Mapping[str, tuple[int, ...]],
+    reading: Reading = "as written",
+    *,
+    in_place: bool = True,
 ) -> Program:
     """The schedule of a graph in its own order, one step for each node.
 
@@ -52,6 +56,7 @@ def program_of(
         graph: with batch 1 or a dynamic batch, which counts as 1.
         shapes: of all tensors by name, as `compress.graph.infer_shapes` gives them.
         reading: of the element types.
+        in_place: operators write over operands that die with them, and fuse as said above.
     """
     data = data_tensors(graph)
     outputs = {value.name for value in graph.outputs}
@@ -73,7 +78,9 @@ def program_of(
 
     def allocated(value: ir.Value) -> int:
         reader = only_reader(value)
-        if reader is None or value.producer() is None or not _same_place(value, shapes, reader):
+        if not in_place or reader is None or value.producer() is None:
+            return size(value)
+        if not _same_place(value, shapes, reader):
             return size(value)
         if reader.op_type == "QuantizeLinear":
             fused[value.name or ""] = value
@@ -86,21 +93,21 @@ def program_of(
     names = [value.name or "" for value in graph.inputs if value in data]
     sizes |= {value.name or "": size(value) for value in graph.inputs if value in data}
     for node in graph:
-        reads = [value for value in inputs_of(node) if value in data]
+        reads = [value for value in inputs_of(node) if value in data and reads_numbers(node)]
         writes = [value for value in node.outputs if value in data]
         views: dict[str, str] = {}
         if reads and writes and _views(node, fused, outputs):
             views[writes[0].name or ""] = reads[0].name or ""
             writes = []
         sizes |= {value.name or "": allocated(value) for value in writes}
-        in_place = reads if node.op_type in _IN_PLACE else []
+        over = reads if in_place and node.op_type in _IN_PLACE else []
         steps.append(
             Step(
                 name=node.name or "",
                 op_type=node.op_type,
                 reads=tuple(value.name or "" for value in reads),
                 writes=tuple(value.name or "" for value in writes),
-                overwrites=tuple(value.name or "" for value in in_place),
+                overwrites=tuple(value.name or "" for value in over),
                 views=views,
             )
         )
@@ -112,9 +119,14 @@ def data_tensors(graph: ir.Graph) -> set[ir.Value]:
     """The tensors that depend on the inputs' data; only a shape goes through Shape and Size."""
     found = {value for value in graph.inputs if value.const_value is None}
     for node in graph:
-        if node.op_type not in ("Shape", "Size") and any(v in found for v in inputs_of(node)):
+        if reads_numbers(node) and any(value in found for value in inputs_of(node)):
             found.update(node.outputs)
     return found
+
+
+def reads_numbers(node: ir.Node) -> bool:
+    """Whether a node looks at the numbers of what it reads, and not only at its shape."""
+    return node.op_type not in ("Shape", "Size")
 
 
 def inputs_of(node: ir.Node) -> list[ir.Value]:

@@ -120,7 +120,11 @@ class Peak:
 
 def storages(program: Program) -> tuple[Storage, ...]:
     """Every piece of memory with its interval, in order of the first use."""
-    program = program.resolved()
+    return _storages(program.resolved())
+
+
+def _storages(program: Program) -> tuple[Storage, ...]:
+    """The same of a program without views."""
     end = len(program.steps) - 1
     last: dict[str, int] = dict.fromkeys(program.inputs, 0)
     for index, step in enumerate(program.steps):
@@ -133,10 +137,11 @@ def storages(program: Program) -> tuple[Storage, ...]:
     for index, step in enumerate(program.steps):
         first |= dict.fromkeys(step.writes, index)
         place |= {name: (name,) for name in step.writes}
-        dying = {name for name in step.reads if last[name] == index} - kept
-        taken = overwritten(step, program.sizes, dying)
-        if taken is not None:
-            place[step.writes[0]] = (*place.pop(taken), step.writes[0])
+        if step.overwrites:
+            dying = {name for name in step.reads if last[name] == index} - kept
+            taken = overwritten(step, program.sizes, dying)
+            if taken is not None:
+                place[step.writes[0]] = (*place.pop(taken), step.writes[0])
     return tuple(
         Storage(names, program.sizes[names[0]], first[names[0]], last[names[-1]])
         for names in sorted(place.values(), key=lambda names: first[names[0]])
@@ -161,8 +166,12 @@ def overwritten(step: Step, sizes: Mapping[str, int], dying: Container[str]) -> 
 
 def sweep(program: Program) -> list[int]:
     """Bytes that are in use while each step runs."""
+    return _sweep(program, storages(program))
+
+
+def _sweep(program: Program, pieces: Sequence[Storage]) -> list[int]:
     changes: dict[int, int] = defaultdict(int)
-    for one in storages(program):
+    for one in pieces:
         changes[one.first] += one.size
         changes[one.last + 1] -= one.size
     alive, found = 0, []
@@ -174,13 +183,15 @@ def sweep(program: Program) -> list[int]:
 
 def peak(program: Program) -> Peak:
     """The most that is in use at once, where, and what lies there; the first place of equals."""
-    in_use = sweep(program)
+    program = program.resolved()
+    pieces = _storages(program)
+    in_use = _sweep(program, pieces)
     if not in_use:
         return Peak(0)
     index = max(range(len(in_use)), key=lambda i: (in_use[i], -i))
     step = program.steps[index]
-    written = {name: i for i, one in enumerate(program.resolved().steps) for name in one.writes}
-    alive = [one for one in storages(program) if one.first <= index <= one.last]
+    written = {name: i for i, one in enumerate(program.steps) for name in one.writes}
+    alive = [one for one in pieces if one.first <= index <= one.last]
     names = [[n for n in one.names if written.get(n, 0) <= index][-1] for one in alive]
     shown = sorted(zip(names, (one.size for one in alive), strict=True), key=lambda row: -row[1])
     return Peak(in_use[index], step.name, step.op_type, tuple(shown), step.scratch)

@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 
 from compress.liveness import Program, Step
+from targets.onnxruntime_shapes import Shape, tensor_types
 
 _ALIASES = frozenset([
     "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze",
@@ -29,12 +30,6 @@ _IN_PLACE = frozenset([
 _ADDED_INPUT = 3
 """Operand of a convolution that its result is added to, which the NCHWc kernel overwrites."""
 
-_SAME_SHAPE = _IN_PLACE | {"HardSwish", "Gelu", "QuickGelu", "Sum"}
-_BLOCK = 8
-"""Channels of a block, at least; with AVX-512 there are 16, and weights say so."""
-
-_Shape = tuple[int, ...]
-
 
 def planned(optimized: onnx.ModelProto) -> Program | None:
     """The schedule of an optimized graph; None where a shape is not known beforehand.
@@ -43,21 +38,14 @@ def planned(optimized: onnx.ModelProto) -> Program | None:
         optimized: as a session writes it, with every size of the inputs fixed.
     """
     graph = optimized.graph
-    constants = {one.name: one for one in graph.initializer}
-    known = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
+    constants = {one.name for one in graph.initializer}
     inputs = tuple(v.name for v in graph.input if v.name not in constants)
-    shapes = {name: shape for name, v in known.items() if (shape := _shape(v)) is not None}
-    weights = {name: tuple(one.dims) for name, one in constants.items()}
-    kinds = {name: v.type.tensor_type.elem_type for name, v in known.items()}
-    for node in graph.node:
-        for name in filter(None, node.output):
-            shape = shapes.get(name) or blocked_shape(node, {**weights, **shapes})
-            if shape is None and name not in shapes:
-                return None
-            shapes[name] = shape or ()
-            kinds.setdefault(name, onnx.TensorProto.FLOAT)
-    produced = {name for node in graph.node for name in node.output if name}
-    shapes = {n: shape for n, shape in shapes.items() if n in produced or n in inputs}
+    types = tensor_types(optimized)
+    produced = [name for node in graph.node for name in node.output if name]
+    if not all(name in types for name in (*inputs, *produced)):
+        return None
+    shapes = {name: types[name][0] for name in (*inputs, *produced)}
+    kinds = {name: types[name][1] for name in shapes}
     sizes = {name: math.prod(shape) * _item_bytes(kinds[name]) for name, shape in shapes.items()}
     plan = _Plan(shapes, kinds, inputs, [one.name for one in graph.output], graph.node)
     steps = tuple(plan.step(node, sizes) for node in graph.node)
@@ -70,7 +58,7 @@ class _Plan:
 
     def __init__(
         self,
-        shapes: Mapping[str, _Shape],
+        shapes: Mapping[str, Shape],
         kinds: Mapping[str, int],
         inputs: Sequence[str],
         outputs: Sequence[str],
@@ -133,55 +121,6 @@ def reads_of(node: onnx.NodeProto) -> list[str]:
     """What a node reads, also from inside its subgraphs."""
     inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
     return [*filter(None, node.input), *(n for g in inner for one in g.node for n in reads_of(one))]
-
-
-def blocked_shape(node: onnx.NodeProto, shapes: Mapping[str, _Shape]) -> _Shape | None:
-    """The output of a kernel in ONNX Runtime's blocked layout, which its files leave out.
-
-    Channels are those of the weights, filled up to whole blocks.
-    """
-    first = shapes.get(node.input[0]) if node.input else None
-    if first is None:
-        return None
-    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    if node.op_type == "Concat":
-        parts = [shapes[name] for name in node.input if name in shapes]
-        axis = given.get("axis", 1)
-        return (*first[:axis], sum(part[axis] for part in parts), *first[axis + 1 :])
-    if node.domain != "com.microsoft.nchwc":
-        whole = [shapes[name] for name in node.input if name in shapes]
-        return max(whole, key=math.prod) if node.op_type in _SAME_SHAPE else None
-    if node.op_type == "ReorderInput":
-        channels = first[-1] if given.get("channels_last", 0) else first[1]
-        size = first[1:-1] if given.get("channels_last", 0) else first[2:]
-        return (first[0], -(-channels // _BLOCK) * _BLOCK, *size)
-    channels = shapes[node.input[1]][0] if node.op_type == "Conv" else first[1]
-    if node.op_type.startswith("Global"):
-        return (first[0], channels, *(1 for _ in first[2:]))
-    if node.op_type == "Upsample":
-        scales = given["scales"][2:]
-        return (first[0], channels, *(n * k for n, k in zip(first[2:], scales, strict=True)))
-    window = given.get("kernel_shape") or list(shapes[node.input[1]][2:])
-    rank = len(window)
-    strides, dilations = given.get("strides", [1] * rank), given.get("dilations", [1] * rank)
-    pads = given.get("pads", [0] * (2 * rank))
-    spatial = []
-    for axis, length in enumerate(first[2:]):
-        padded = length + pads[axis] + pads[axis + rank] - dilations[axis] * (window[axis] - 1) - 1
-        up = strides[axis] - 1 if given.get("ceil_mode", 0) else 0
-        automatic = given.get("auto_pad", b"NOTSET").startswith(b"SAME")
-        whole_steps = -(-length // strides[axis]) if automatic else None
-        spatial.append(whole_steps or (padded + up) // strides[axis] + 1)
-    return (first[0], channels, *spatial)
-
-
-def _shape(value: onnx.ValueInfoProto | None) -> _Shape | None:
-    if value is None or not value.type.tensor_type.HasField("shape"):
-        return None
-    sizes = value.type.tensor_type.shape.dim
-    if not all(size.HasField("dim_value") for size in sizes):
-        return None
-    return tuple(size.dim_value for size in sizes)
 
 
 def _item_bytes(kind: int) -> int:

@@ -13,11 +13,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.memory.engines import peak_bytes
+    from compress.memory.engines import engine_peak, peak_bytes
+    from compress.memory.execution import patched
+    from compress.memory.order import best_order
+    from compress.memory.packing import arena
+    from compress.memory.proof import prove
+    from compress.memory.splitting import patches
 
-_HOME = {"peak_bytes": "compress.memory.engines"}
+_HOME = {
+    "arena": "compress.memory.packing",
+    "best_order": "compress.memory.order",
+    "engine_peak": "compress.memory.engines",
+    "patched": "compress.memory.execution",
+    "patches": "compress.memory.splitting",
+    "peak_bytes": "compress.memory.engines",
+    "prove": "compress.memory.proof",
+}
 
-__all__ = ["peak_bytes"]
+__all__ = ["arena", "best_order", "engine_peak", "patched", "patches", "peak_bytes", "prove"]
 
 
 def __getattr__(name: str) -> Any:
