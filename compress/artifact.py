@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import EngineError, LoadError, OutputError
 from compress.registry import create_target, require_target
-from compress.target import Engine
+from compress.target import Engine, Shipped
 
 if TYPE_CHECKING:
     from compress.model import TensorSpec
@@ -233,6 +233,14 @@ def _loader(directory: Path, threads: int | None) -> Callable[[], Engine]:
     return lambda: destination.load(directory)
 
 
+def size_of(engine: Engine) -> int:
+    """Bytes of what the engine saves, or of what the device needs of it."""
+    if isinstance(engine, Shipped):
+        return engine.shipped_bytes
+    with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
+        return sum(path.stat().st_size for path in engine.save(Path(folder)))
+
+
 def _settings(report: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
     settings = dict(report["target"]["options"])
     if threads is not None:
@@ -271,9 +279,12 @@ def engine_factory(
     path = Path(path)
     if path.is_dir():
         return _loader(path, threads)
-    from compress.export import to_onnx
     from compress.loading import load as load_model
 
     built = create_target(target, threads=threads)
-    model = to_onnx(load_model(path, inputs=inputs), built.capabilities.opset)
+    model = load_model(path, inputs=inputs)
+    if model.stage == "torch":  # export loads torch, which takes seconds and is not needed else
+        from compress.export import to_onnx
+
+        model = to_onnx(model, built.capabilities.opset)
     return lambda: built.build(model)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from compress.artifact import size_of
 from compress.data import Data
 from compress.errors import UsageError
 from compress.fidelity import Fidelity, fidelity
@@ -21,7 +20,7 @@ from compress.remote import Artifact, Device, OnDevice, measure_on
 from compress.report import Candidate
 from compress.search import Searched
 from compress.sessions import MARGIN, SESSIONS, measure_sessions
-from compress.target import Engine, Kernel, Shipped
+from compress.target import Engine, Kernel
 from compress.variants import BASELINE, Variant, settings
 
 DEFAULT_MAX_DROP = "1%"
@@ -254,14 +253,6 @@ def reasons(model: Model) -> Mapping[str, str]:
         if "reasons" in step.details:
             return dict(step.details["reasons"])
     return {}
-
-
-def size_of(engine: Engine) -> int:
-    """Bytes of what the engine saves, or of what the device needs of it."""
-    if isinstance(engine, Shipped):
-        return engine.shipped_bytes
-    with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-        return sum(path.stat().st_size for path in engine.save(Path(folder)))
 
 
 def score_facts(score: Score | None) -> dict[str, Any] | None:

@@ -89,7 +89,9 @@ def _inferred(
         del plain.attribute[:], plain.input[:]
         plain.attribute.extend(allowed)
         plain.input.extend(node.input[: schema.max_input])
-    inputs = {name: types[name] for name in plain.input if name in types}
+    if not all(name in types for name in plain.input if name):
+        return {}
+    inputs = {name: types[name] for name in plain.input if name}
     constants = {name: data[name] for name in plain.input if name in data}
     try:
         found: dict[str, TypeProto] = onnx.shape_inference.infer_node_outputs(
@@ -116,6 +118,10 @@ def _own_shape(node: onnx.NodeProto, types: Mapping[str, TypeProto], block: int)
         last = given.get("channels_last", 0)
         channels, size = (shape[-1], shape[1:-1]) if last else (shape[1], shape[2:])
         return (shape[0], -(-channels // block) * block, *size)
+    if node.op_type == "ReorderOutput":
+        last = given.get("channels_last", 0)
+        size, channels = shape[2:], given["channels"]
+        return (shape[0], *size, channels) if last else (shape[0], channels, *size)
     if node.op_type == "Upsample" and node.domain == _BLOCKED:
         scales = given["scales"]
         return tuple(n * int(k) for n, k in zip(shape, scales, strict=True))

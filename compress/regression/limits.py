@@ -136,6 +136,8 @@ def show(metric: Metric, value: float) -> str:
     family = _family(metric)
     if family == "latency":
         return f"{value * 1e3:.3g} us" if value < 1 else f"{value:.4g} ms"
+    if family == "bytes" and value < 1000:
+        return f"{value:.4g} B"
     if family == "bytes":
         return f"{value / 1e3:.1f} kB" if value < 1e6 else f"{value / 1e6:.2f} MB"
     return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.4g}"

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.artifact import REPORT, engine_factory, read_report
-from compress.candidates import size_of
+from compress.artifact import REPORT, engine_factory, read_report, size_of
 from compress.errors import CompressError, LoadError
 from compress.model import TensorSpec
 from compress.registry import create_target

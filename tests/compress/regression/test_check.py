@@ -101,7 +101,7 @@ def test_limits_that_need_no_clock_are_judged_in_any_time(
     assert found["accuracy", "at least 99.99%"]["verdict"] == "fail"
     assert found["accuracy", "loses at most 0.5 points"]["verdict"] == "pass"
     assert found["accuracy", "loses at most 0.5 points"]["value"] == 0
-    assert found["size", "at most 1.0 kB"]["verdict"] == "fail"
+    assert found["size", "at most 1 B"]["verdict"] == "fail"
     assert found["size", "at most +0 %"]["value"] == 1
     assert found["peak_memory", "at most +0 %"]["verdict"] == "pass"
     assert found["peak_memory", "at most 1000.00 MB"]["verdict"] == "pass"
