@@ -304,7 +304,7 @@ def _elsewhere(applied: Applied) -> list[Row]:
 def _notes(
     own: Subject, other: Subject | None, machine: Machine, budget: Budget, judged: Judged
 ) -> tuple[str, ...]:
-    found = list(judged.pairs.notes)
+    found = [*own.remarks(), *judged.pairs.notes]
     unknown = budget.targets - set(own.targets)
     if unknown and budget.targets and not budget.targets & set(own.targets):
         found.append(

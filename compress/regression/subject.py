@@ -15,7 +15,7 @@ from compress.model import TensorSpec
 from compress.registry import create_target
 from compress.regression.record import RECORD, Record, read_record
 from compress.side_by_side import request
-from compress.target import Engine, runtimes
+from compress.target import Elsewhere, Engine, runtimes
 
 DEFAULT_TARGET = "cpu"
 
@@ -54,6 +54,22 @@ class Subject:
         """Samples in the request that its report timed; 1 for a model file."""
         workload = self.report["latency"] if self.report else {}
         return int(workload.get("batch", 1))
+
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader should know of a time that is measured here."""
+        if self.report is None:
+            return ()
+        found = []
+        if self.report["latency"].get("objective") == "throughput":
+            found.append(
+                f"{self.name} was made for throughput; single requests were measured here."
+            )
+        if isinstance(create_target(self.targets[0]), Elsewhere):
+            found.append(
+                f"{self.name} is for another device ({self.targets[0]}): its speed here says "
+                f"little of its speed there."
+            )
+        return tuple(found)
 
     @property
     def recorded_score(self) -> Mapping[str, Any] | None:
@@ -142,7 +158,13 @@ def open_pair(
     for own, other, name in ((0, 1, candidate), (1, 0, baseline)):
         if settings[own] is None and settings[other] is not None and Path(name).is_file():
             settings[own] = settings[other]
-            notes.append(f"{name} runs with {settings[own]} threads, as the other side does.")
+            notes.append(f"{name} runs with --threads {settings[own]}, as the other side does.")
+    if settings[0] != settings[1]:
+        shown = ["all" if one is None else str(one) for one in settings]
+        notes.append(
+            f"Threads differ: {shown[0]} for {candidate} and {shown[1]} for {baseline}. Give "
+            f"--threads to compare the models alone."
+        )
     sides = [
         open_subject(one, threads=number, inputs=inputs)
         for one, number in zip((candidate, baseline), settings, strict=True)
@@ -179,7 +201,9 @@ def fresh_sides(
     The order is drawn because memory is given out in it, and the first tends to be the faster.
     """
     rng = np.random.default_rng(seed)
-    batch = max(side.batch for side in sides.values())
+    specs = [spec for side in sides.values() for spec in side.engine.inputs if spec.shape]
+    dynamic = all(spec.dynamic_batch for spec in specs)
+    batch = max(side.batch for side in sides.values()) if dynamic else 1
 
     def build() -> Mapping[str, Callable[[], object]]:
         calls = {}

@@ -10,7 +10,19 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from compress.regression import timing
 from compress.regression.recording import record_baseline
+
+
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Pairs a few times shorter than at the default: here differences are large or none."""
+    patch.setattr(timing, "PAIR_SECONDS", 0.04)
+    patch.setattr(timing, "BLOCK_SECONDS", 0.002)
+
+
+@pytest.fixture
+def short_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +43,16 @@ def slow_onnx(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def recorded(tiny_onnx: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A baseline of the tiny network, for one thread."""
     folder = tmp_path_factory.mktemp("baselines")
-    out, _ = record_baseline(
-        tiny_onnx,
-        folder / "baseline",
-        budget=folder / "budgets.yaml",
-        evaluate_on=str(tiny_images),
-        seconds=0.1,
-        threads=1,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        out, _ = record_baseline(
+            tiny_onnx,
+            folder / "baseline",
+            budget=folder / "budgets.yaml",
+            evaluate_on=str(tiny_images),
+            seconds=0.1,
+            threads=1,
+        )
     return out
 
 

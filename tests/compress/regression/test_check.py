@@ -35,6 +35,7 @@ def rows(text: str) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["metric"], row["limit"]): row for row in json.loads(text)["rows"]}
 
 
+@pytest.mark.usefixtures("short_pairs")
 def test_a_model_keeps_the_budget_of_its_own_baseline(
     cli: Cli, tiny_onnx: Path, tiny_images: Path, recorded: Path, tmp_path: Path
 ) -> None:
@@ -49,6 +50,7 @@ def test_a_model_keeps_the_budget_of_its_own_baseline(
     assert "### Compression check: pass" in (tmp_path / "check.md").read_text()
 
 
+@pytest.mark.usefixtures("short_pairs")
 def test_a_slower_larger_model_fails(
     cli: Cli, slow_onnx: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -140,6 +142,7 @@ def test_two_records_of_the_same_data_are_compared_without_pairs(
     assert "different data" in found["accuracy", "loses at most 100 points"]["reason"]
 
 
+@pytest.mark.usefixtures("short_pairs")
 def test_absolute_limits_are_judged_on_their_machine_alone(tiny_onnx: Path) -> None:
     here = fingerprint(this_machine())
     limit = {"latency_p50": {"max": "10 s"}}
@@ -149,7 +152,7 @@ def test_absolute_limits_are_judged_on_their_machine_alone(tiny_onnx: Path) -> N
     (row,) = [row for row in found.rows if row.limit]
     assert row.unit == "ms"
     assert row.low is not None
-    away = compress.check(tiny_onnx, budget={"machine": "0", **limit}, threads=1, seconds=0.5)
+    away = compress.check(tiny_onnx, budget={"machine": "0", **limit}, threads=1)
     assert (away.verdict, away.ok) == ("cannot tell", True)
     assert "nothing could be judged" in away.headline
 
@@ -290,6 +293,7 @@ def test_a_starting_budget_holds_what_was_measured(recorded: Path) -> None:
     assert budget.applied(record.targets, "another").elsewhere
 
 
+@pytest.mark.usefixtures("short_pairs")
 def test_nothing_is_replaced_without_force(
     cli: Cli, tiny_onnx: Path, baseline: Path, tmp_path: Path
 ) -> None:
