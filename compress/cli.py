@@ -95,6 +95,7 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "version_compatible=true",
     "compress run model.onnx --target ort-mobile --device pixel-8 --calibration images.npz",
     "compress run model.onnx --calibration images.npz --device ssh://pi@192.168.1.7",
+    "compress run model.onnx --target openvino --calibration images.npz --max-memory 2MiB",
 )
 def run(
     model: options.Source = None,
@@ -111,6 +112,7 @@ def run(
     train: options.Train = None,
     max_drop: options.MaxDrop = None,
     min_speedup: options.MinSpeedup = None,
+    max_memory: options.MaxMemory = None,
     repair_seconds: options.RepairTime = None,
     out: options.Directory = None,
     force: options.Force = False,
@@ -158,6 +160,7 @@ def run(
         max_drop=max_drop,
         repair_seconds=repair_seconds,
         min_speedup=min_speedup,
+        max_memory=max_memory,
         out=out,
         overwrite=force,
         recipe=recipe,
@@ -252,27 +255,43 @@ def build(
     "compress inspect model.onnx",
     "compress inspect --model torchvision.models:resnet18 --input 1x3x224x224",
     "compress inspect model.pt2 --json | jq '.totals.macs'",
+    "compress inspect model.onnx --patches   # peak memory if the first stage ran in patches",
 )
 def inspect(
     model: options.Source = None,
     factory: options.Factory = None,
     inputs: options.Inputs = None,
+    patches: options.Patches = False,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
     """Show the operators of a model and what they cost.
 
-    Shapes, MACs, parameters and the activations that are in memory while each runs.
+    Shapes, MACs, parameters and the activations that are in memory while each runs; the peak of
+    all with its operator, in float32 and as int8. With --patches also what patch-based execution
+    of the first stage would need (MCUNetV2): an analysis for microcontrollers, no target here
+    executes it.
     """
     specs = _specs(inputs)
     from compress import export, loading, render
+    from compress.graph import graph_sites
+    from compress.memory.inspection import model_memory
+    from compress.memory.splitting import table_of
 
     loaded = loading.load(model, factory=factory, inputs=specs, trust_pickle=trust_pickle)
-    found = export.sites(loaded)
+    graph_model = export.to_onnx(loaded, 21).graph_model
+    found = graph_sites(graph_model)
+    memory = {
+        "float32": model_memory(graph_model),
+        "int8": model_memory(graph_model, "int8"),
+    }
+    table = table_of(graph_model) if patches else None
     if as_json:
-        _print_json(render.sites_dict(loaded, found))
-    else:
-        render.sites(loaded, found)
+        _print_json(render.sites_dict(loaded, found, memory, table))
+        return
+    render.sites(loaded, found, memory)
+    if table is not None:
+        render.patches(table)
 
 
 @_command(

@@ -50,7 +50,8 @@ def program_of(
     Constants, weights and arithmetic on shapes take nothing. Quantization that follows an operator
     directly is part of that operator, and so is dequantization of what reads: the float tensor
     between them does not exist. A gate of one number (x times its own sigmoid) is one operator.
-    What happens inside If, Loop and Scan is not counted.
+    What happens inside If, Loop and Scan is not counted. A tensor of unknown type counts as
+    float32, one of unknown shape as nothing.
 
     Args:
         graph: with batch 1 or a dynamic batch, which counts as 1.
@@ -65,8 +66,8 @@ def program_of(
     steps: list[Step] = []
 
     def size(value: ir.Value) -> int:
-        dtype, shape = value.dtype, shapes.get(value.name or "")
-        if dtype is None or shape is None:
+        dtype, shape = value.dtype or ir.DataType.FLOAT, shapes.get(value.name or "")
+        if shape is None:
             return 0
         narrow = reading == "int8" and dtype.is_floating_point()
         elements = math.prod(abs(one) for one in shape)

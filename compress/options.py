@@ -135,6 +135,19 @@ MaxDrop = Annotated[
 MinSpeedup = Annotated[
     float | None, typer.Option(metavar="S", help="Smallest gain, for example 1.5.")
 ]
+Patches = Annotated[
+    bool,
+    typer.Option(
+        "--patches", help="Also the peak with the first stage in patches, and what that costs."
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory of activations at once, weights apart: 320kB, 2MiB.",
+    ),
+]
 Directory = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Artifact directory.  [default: NAME-TARGET]"),

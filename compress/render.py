@@ -12,6 +12,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from compress.graph import Site
     from compress.latency import Comparison
+    from compress.memory.inspection import ModelMemory
+    from compress.memory.splitting import PatchTable
     from compress.model import Model
     from compress.profiling import ProfileReport
     from compress.regression.record import Record
@@ -29,18 +31,26 @@ def console() -> Console:
     return probe if probe.is_terminal else Console(width=PIPED_WIDTH)
 
 
-def sites_dict(model: Model, found: Sequence[Site]) -> dict[str, Any]:
-    """Sites and totals as plain values."""
+def sites_dict(
+    model: Model,
+    found: Sequence[Site],
+    memory: Mapping[str, ModelMemory],
+    table: PatchTable | None = None,
+) -> dict[str, Any]:
+    """Sites, totals, peaks and patches as plain values."""
+    patched = {"patches": table.to_dict()} if table is not None else {}
     return {
         "name": model.name,
         "source": model.source,
         "inputs": [str(spec) for spec in model.inputs],
         "totals": _totals(found),
+        "memory": {name: one.to_dict() for name, one in memory.items()},
+        **patched,
         "sites": [site.to_dict() for site in found],
     }
 
 
-def sites(model: Model, found: Sequence[Site]) -> None:
+def sites(model: Model, found: Sequence[Site], memory: Mapping[str, ModelMemory]) -> None:
     """The table of `compress inspect`."""
     totals = _totals(found)
     table = _table("site", "operator", "output", right=("MACs", "share", "parameters", "live"))
@@ -58,8 +68,48 @@ def sites(model: Model, found: Sequence[Site]) -> None:
     out.print(table)
     out.print(
         f"{model.name}: {totals['sites']} sites, {count(totals['macs'])} MACs, "
-        f"{count(totals['parameters'])} parameters, at most "
-        f"{size(totals['peak_live_bytes'])} of activations alive at once",
+        f"{count(totals['parameters'])} parameters",
+        highlight=False,
+        markup=False,
+    )
+    for reading, one in memory.items():
+        out.print(_peak(reading, one), highlight=False, markup=False)
+
+
+def _peak(reading: str, memory: ModelMemory) -> str:
+    """One sentence about the most memory that activations take."""
+    at = memory.peak
+    best = ""
+    if memory.best_bytes < at.bytes:
+        exact = "best" if memory.best_is_exact else "best that was found"
+        best = f"; {size(memory.best_bytes)} in the {exact} order of branches"
+    estimated = " (estimated)" if reading != "float32" else ""
+    return (
+        f"Activations in {reading}{estimated}: at most {size(at.bytes)} alive at once, at "
+        f"{at.step} ({at.op_type}); {size(memory.arena_bytes)} as one block of memory{best}"
+    )
+
+
+def patches(found: PatchTable) -> None:
+    """The table of `compress inspect --patches`."""
+    right = ("float32", "int8", "more MACs", "of the stage")
+    table = _table("patches", "stage ends with", right=right, last="peak at")
+    table.add_row("whole", "", size(found.float32.bytes), size(found.int8.bytes), "", "", "")
+    for row in found.rows:
+        table.add_row(
+            f"{row.split} along each axis",
+            escape(row.end),
+            size(row.float32.bytes),
+            size(row.int8.bytes),
+            f"{row.overhead:.1%}",
+            f"{row.stage_overhead:.1%}",
+            escape(row.int8.step),
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        f"Analysis for a runtime with patch-based execution, which no target here is. The image "
+        f"and the stage's output stay in memory. No longer stage: {found.limit}.",
         highlight=False,
         markup=False,
     )

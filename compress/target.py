@@ -345,8 +345,8 @@ class DeviceTimed(Protocol):
 class Scheduled(Protocol):
     """An engine that knows the order in which its kernels run, and what each allocates."""
 
-    def schedule(self) -> Program | None:
-        """With batch 1, inputs held by the caller; None where sizes cannot be told beforehand."""
+    def schedule(self, batch: int = 1) -> Program | None:
+        """For requests of that size, inputs held by the caller; None where sizes are not known."""
 
 
 @runtime_checkable

@@ -116,14 +116,14 @@ class OnnxRuntimeEngine:
         """The optimized graph as ONNX Runtime writes it."""
         return kernels_of(self._optimized(session_options(self.settings)), self.graph_model)
 
-    def schedule(self) -> Program | None:
-        """The optimized graph for batch 1, with ONNX Runtime's plan of its buffers."""
+    def schedule(self, batch: int = 1) -> Program | None:
+        """The optimized graph, with ONNX Runtime's plan of its buffers."""
         from targets.onnxruntime_memory import planned
 
         options = session_options(self.settings)
         for name in dict.fromkeys(s for spec in self.inputs for s in spec.shape):
             if isinstance(name, str):
-                options.add_free_dimension_override_by_name(name, 1)
+                options.add_free_dimension_override_by_name(name, batch)
         return planned(self._optimized(options))
 
     def memory_in_use(self, inputs: Mapping[str, np.ndarray]) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -75,8 +75,8 @@ def _inferred(
     """Types of the outputs, as far as they follow from those of the inputs."""
     own = _own_shape(node, types, block)
     if own is not None:
-        first = types[node.input[0]].tensor_type.elem_type
-        return {node.output[0]: onnx.helper.make_tensor_type_proto(first, own)}
+        element = _element_type(node, types)
+        return {node.output[0]: onnx.helper.make_tensor_type_proto(element, own)}
     kind = _STANDS_FOR.get(node.op_type, node.op_type)
     if not onnx.defs.has(kind):
         return {}
@@ -93,6 +93,8 @@ def _inferred(
         return {}
     inputs = {name: types[name] for name in plain.input if name}
     constants = {name: data[name] for name in plain.input if name in data}
+    if any(name and name not in inputs for name in plain.input):
+        return {}
     try:
         found: dict[str, TypeProto] = onnx.shape_inference.infer_node_outputs(
             schema, plain, inputs, constants
@@ -100,6 +102,86 @@ def _inferred(
     except (onnx.shape_inference.InferenceError, RuntimeError):
         return {}
     return found
+
+
+def _element_type(node: onnx.NodeProto, types: Mapping[str, TypeProto]) -> int:
+    """Of a kernel's output: float where it dequantizes, else that of what it reads."""
+    index = _QUANTIZED_LIKE.get(node.op_type, 0)
+    if node.op_type in _TO_FLOAT or (node.op_type == "QGemm" and len(node.input) < 9):
+        return TensorProto.FLOAT
+    return int(types[node.input[index]].tensor_type.elem_type)
+
+
+def _convolved(operands: Sequence[Shape], given: Mapping[str, Any]) -> Shape:
+    x, weight = operands[0], operands[3]
+    last = given.get("channels_last", 0)
+    sizes = _slid(x[1:-1] if last else x[2:], given, weight[2:])
+    return (x[0], *sizes, weight[0]) if last else (x[0], weight[0], *sizes)
+
+
+def _pooled(operands: Sequence[Shape], given: Mapping[str, Any]) -> Shape:
+    x = operands[0]
+    if given.get("channels_last", 0):
+        return (x[0], *_slid(x[1:-1], given, given["kernel_shape"]), x[-1])
+    return (*x[:2], *_slid(x[2:], given, given["kernel_shape"]))
+
+
+def _pooled_last(operands: Sequence[Shape], given: Mapping[str, Any]) -> Shape:
+    return _pooled(operands, {**given, "channels_last": 1})
+
+
+def _pooled_whole(operands: Sequence[Shape], given: Mapping[str, Any]) -> Shape:
+    x = operands[0]
+    ones = (1,) * (len(x) - 2)
+    return (x[0], *ones, x[-1]) if given.get("channels_last", 0) else (*x[:2], *ones)
+
+
+def _joined(operands: Sequence[Shape], given: Mapping[str, Any]) -> Shape:
+    parts = operands[2::3]
+    axis = given["axis"] % len(parts[0])
+    return (*parts[0][:axis], sum(part[axis] for part in parts), *parts[0][axis + 1 :])
+
+
+def _times(second: int) -> Callable[[Sequence[Shape], Mapping[str, Any]], Shape]:
+    def shape(operands: Sequence[Shape], given: Mapping[str, Any]) -> Shape:
+        a, b = operands[0], operands[second]
+        rows = a[:-2] + ((a[-1],) if given.get("transA", 0) else (a[-2],) if len(a) > 1 else ())
+        return (*rows, b[-2] if given.get("transB", 0) else b[-1])
+
+    return shape
+
+
+def _slid(sizes: Shape, given: Mapping[str, Any], window: Sequence[int]) -> tuple[int, ...]:
+    """Sizes behind a window that slides over an image."""
+    rank = len(window)
+    strides, dilations = given.get("strides", [1] * rank), given.get("dilations", [1] * rank)
+    pads = given.get("pads", [0] * (2 * rank))
+    found = []
+    for axis, size in enumerate(sizes):
+        if given.get("auto_pad", b"NOTSET").startswith(b"SAME"):
+            found.append(-(-size // strides[axis]))
+            continue
+        room = size + pads[axis] + pads[axis + rank] - dilations[axis] * (window[axis] - 1) - 1
+        up = strides[axis] - 1 if given.get("ceil_mode", 0) else 0
+        found.append((room + up) // strides[axis] + 1)
+    return tuple(found)
+
+
+_INTEGER_SHAPES: dict[str, Callable[[Sequence[Shape], Mapping[str, Any]], Shape]] = {
+    "DynamicQuantizeMatMul": _times(1),
+    "MatMulIntegerToFloat": _times(1),
+    "NhwcMaxPool": _pooled_last,
+    "QGemm": _times(3),
+    "QLinearAveragePool": _pooled,
+    "QLinearConcat": _joined,
+    "QLinearConv": _convolved,
+    "QLinearGlobalAveragePool": _pooled_whole,
+    "QLinearMatMul": _times(3),
+}
+"""Kernels on integers: the shape of the output from those of all operands and the attributes."""
+_TO_FLOAT = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+_QUANTIZED_LIKE = {"QLinearConcat": 2}
+"""Operand of the output's type, where it is not the first."""
 
 
 def _own_shape(node: onnx.NodeProto, types: Mapping[str, TypeProto], block: int) -> Shape | None:
@@ -111,6 +193,9 @@ def _own_shape(node: onnx.NodeProto, types: Mapping[str, TypeProto], block: int)
     given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
     if node.op_type in _SAME_SHAPE:
         return shape
+    if node.op_type in _INTEGER_SHAPES:
+        operands = [known[0] if (known := _known(types.get(n))) else () for n in node.input]
+        return _INTEGER_SHAPES[node.op_type](operands, given)
     if node.op_type in _BROADCAST:
         others = [_known(types.get(node.input[index])) for index in _BROADCAST[node.op_type]]
         return max((one[0] for one in others if one is not None), key=math.prod)
