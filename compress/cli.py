@@ -420,8 +420,8 @@ def check(
     """Gate a model against a baseline: for CI, on noisy machines too.
 
     Both run in turns on this machine, built anew many times, until the verdict is sure or --time
-    is up. Without a budget the median latency may rise by 2.5 %: half-way between no change and a
-    slow-down of 5 %, so that equal models pass, 5 % is found, and a small model takes seconds.
+    is up. Without a budget the median latency may rise by 2.5%: half-way between no change and a
+    slow-down of 5%, so that equal models pass, 5% is found, and a small model takes seconds.
     A change near the limit cannot be told, and --cannot-tell says what becomes of it.
 
     Absolute times in a budget are judged only on the machine that the budget names.

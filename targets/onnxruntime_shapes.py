@@ -89,9 +89,7 @@ def _inferred(
         del plain.attribute[:], plain.input[:]
         plain.attribute.extend(allowed)
         plain.input.extend(node.input[: schema.max_input])
-    if not all(name in types for name in plain.input if name):
-        return {}
-    inputs = {name: types[name] for name in plain.input if name}
+    inputs = {name: types[name] for name in plain.input if name in types}
     constants = {name: data[name] for name in plain.input if name in data}
     if any(name and name not in inputs for name in plain.input):
         return {}
