@@ -421,10 +421,13 @@ def check(
 
     Both run in turns on this machine, built anew many times, until the verdict is sure or --time
     is up. Without a budget the median latency may rise by 2.5%: half-way between no change and a
-    slow-down of 5%, so that equal models pass, 5% is found, and a small model takes seconds.
-    A change near the limit cannot be told, and --cannot-tell says what becomes of it.
+    slow-down of 5%, so that equal models pass, 5% is found, and a small model takes seconds. A
+    change near the limit cannot be told, and --cannot-tell says what becomes of it. With --eval
+    one point of accuracy may be lost.
 
     Absolute times in a budget are judged only on the machine that the budget names.
+
+    Exit codes: 0 passed, 1 failed, 2 could not be checked, 5 cannot tell with --cannot-tell fail.
     """
     from compress.regression.publish import publish, publish_error
 

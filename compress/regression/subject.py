@@ -198,7 +198,7 @@ def fresh_sides(
 ) -> Callable[[], Mapping[str, Callable[[], object]]]:
     """A function that builds every side anew, in an order drawn each time.
 
-    The order is drawn because memory is given out in it, and the first tends to be the faster.
+    The order is drawn because memory is given out in it, and it shows in the latency.
     """
     rng = np.random.default_rng(seed)
     specs = [spec for side in sides.values() for spec in side.engine.inputs if spec.shape]
