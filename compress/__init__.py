@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from compress.passes import Context, Pass
     from compress.pipeline import RunResult, run
     from compress.recipe import Recipe
+    from compress.regression import CheckResult, check
     from compress.report import Report
     from compress.side_by_side import compare
     from compress.target import Capabilities, Check, Engine, Target
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Capabilities": "compress.target",
     "Check": "compress.target",
+    "CheckResult": "compress.regression",
     "CompressError": "compress.errors",
     "Context": "compress.passes",
     "Data": "compress.data",
@@ -70,6 +72,7 @@ _HOME = {
     "UnsupportedError": "compress.errors",
     "UsageError": "compress.errors",
     "build": "compress.building",
+    "check": "compress.regression",
     "compare": "compress.side_by_side",
     "load": "compress.artifact",
     "measure": "compress.latency",
@@ -79,6 +82,7 @@ _HOME = {
 __all__ = [
     "Capabilities",
     "Check",
+    "CheckResult",
     "CompressError",
     "Context",
     "Data",
@@ -102,6 +106,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "build",
+    "check",
     "compare",
     "load",
     "measure",

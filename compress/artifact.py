@@ -8,20 +8,28 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import EngineError, LoadError, OutputError
 from compress.registry import create_target, require_target
-from compress.target import Engine
+from compress.target import Engine, Shipped
+
+if TYPE_CHECKING:
+    from compress.model import TensorSpec
 
 REPORT = "report.json"
 
 
-def check_output(directory: Path, overwrite: bool) -> None:
+def check_output(directory: Path, overwrite: bool, marker: str = REPORT) -> None:
     """Find out before any work whether the artifact can be written.
+
+    Args:
+        directory: where to.
+        overwrite: whether one that is there may be replaced.
+        marker: the file that tells a directory of this kind from any other.
 
     Raises:
         OutputError: it exists, or its parent cannot be written.
@@ -30,11 +38,11 @@ def check_output(directory: Path, overwrite: bool) -> None:
         raise OutputError(
             f"{directory} exists already. Give another --out, or --force to replace it."
         )
-    if directory.exists() and not (directory / REPORT).is_file():
+    if directory.exists() and not (directory / marker).is_file():
         content = list(directory.iterdir()) if directory.is_dir() else [directory]
         if content:
             raise OutputError(
-                f"{directory} exists and is no artifact of this tool (it has no {REPORT}), so "
+                f"{directory} exists and is no artifact of this tool (it has no {marker}), so "
                 f"--force does not replace it. Give another --out."
             )
     try:
@@ -207,7 +215,11 @@ def load(directory: Path | str, *, threads: int | None = None) -> Engine:
         EngineError: it holds no engine yet (see `compress build`).
         UnsupportedError: its runtime is not installed.
     """
-    directory = Path(directory)
+    return _loader(Path(directory), threads)()
+
+
+def _loader(directory: Path, threads: int | None) -> Callable[[], Engine]:
+    """A function that builds the engine of an artifact, whose files are checked once."""
     report = read_report(directory)
     if not report.get("built", True):
         name = report["target"]["name"]
@@ -218,7 +230,15 @@ def load(directory: Path | str, *, threads: int | None = None) -> Engine:
     check_files(directory, report["files"])
     destination = create_target(report["target"]["name"], **_settings(report, threads))
     require_target(destination)
-    return destination.load(directory)
+    return lambda: destination.load(directory)
+
+
+def size_of(engine: Engine) -> int:
+    """Bytes of what the engine saves, or of what the device needs of it."""
+    if isinstance(engine, Shipped):
+        return engine.shipped_bytes
+    with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
+        return sum(path.stat().st_size for path in engine.save(Path(folder)))
 
 
 def _settings(report: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
@@ -238,11 +258,33 @@ def runtime_settings(path: Path | str, *, threads: int | None = None) -> dict[st
 
 def open_engine(path: Path | str, *, target: str = "cpu", threads: int | None = None) -> Engine:
     """An engine from an artifact directory or from any model file (then in float as it is)."""
+    return engine_factory(path, target=target, threads=threads)()
+
+
+def engine_factory(
+    path: Path | str,
+    *,
+    target: str = "cpu",
+    threads: int | None = None,
+    inputs: Sequence[str | TensorSpec] = (),
+) -> Callable[[], Engine]:
+    """A function that builds a new engine each time, from what was read and checked once.
+
+    Args:
+        path: an artifact directory or a model file.
+        target: for a model file.
+        threads: of one operator; None takes what the artifact was measured with.
+        inputs: shapes that a model file leaves open.
+    """
     path = Path(path)
     if path.is_dir():
-        return load(path, threads=threads)
-    from compress.export import to_onnx
+        return _loader(path, threads)
     from compress.loading import load as load_model
 
     built = create_target(target, threads=threads)
-    return built.build(to_onnx(load_model(path), built.capabilities.opset))
+    model = load_model(path, inputs=inputs)
+    if model.stage == "torch":  # export loads torch, which takes seconds and is not needed else
+        from compress.export import to_onnx
+
+        model = to_onnx(model, built.capabilities.opset)
+    return lambda: built.build(model)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from compress import artifact, build_sheet
+from compress.artifact import size_of
 from compress.built_engines import Building
 from compress.candidates import (
     Built,
@@ -20,7 +21,6 @@ from compress.candidates import (
     reasons,
     score_facts,
     site_rows,
-    size_of,
 )
 from compress.decision import choose
 from compress.facts import command_line, data_facts, target_facts

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from compress.artifact import size_of
 from compress.data import Data
 from compress.errors import UsageError
 from compress.fidelity import Fidelity, fidelity
 from compress.graph import Site
 from compress.max_drop import MaxDrop, parse_max_drop
+from compress.memory.limit import memory_facts, parse_memory
 from compress.metrics import Evaluator, Score, paired_drop
 from compress.model import Model
 from compress.progress import Progress
@@ -21,7 +21,7 @@ from compress.remote import Artifact, Device, OnDevice, measure_on
 from compress.report import Candidate
 from compress.search import Searched
 from compress.sessions import MARGIN, SESSIONS, measure_sessions
-from compress.target import Engine, Kernel, Shipped
+from compress.target import Engine, Kernel
 from compress.variants import BASELINE, Variant, settings
 
 DEFAULT_MAX_DROP = "1%"
@@ -37,14 +37,20 @@ class Limits:
     Attributes:
         max_drop: largest loss of the evaluation; None where nothing is evaluated.
         min_speedup: smallest speed-up over the original; None asks only for faster.
+        max_memory: bytes of activations at once; None where they do not matter.
     """
 
     max_drop: MaxDrop | None
     min_speedup: float | None
+    max_memory: int | None = None
 
     @classmethod
     def parse(
-        cls, max_drop: str | float | None, min_speedup: float | None, evaluated: bool
+        cls,
+        max_drop: str | float | None,
+        min_speedup: float | None,
+        evaluated: bool,
+        max_memory: str | int | None = None,
     ) -> Limits:
         """Read the options.
 
@@ -60,12 +66,14 @@ class Limits:
             raise UsageError(f"--min-speedup {min_speedup} is no factor; 1.5 means 1.5 times.")
         given = DEFAULT_MAX_DROP if max_drop is None else max_drop
         limit = parse_max_drop(given) if evaluated else None
-        return cls(limit, min_speedup)
+        memory = parse_memory(max_memory) if max_memory is not None else None
+        return cls(limit, min_speedup, memory)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report."""
         limit = str(self.max_drop) if self.max_drop is not None else None
-        return {"max_drop": limit, "min_speedup": self.min_speedup}
+        facts = {"max_drop": limit, "min_speedup": self.min_speedup}
+        return facts | ({"max_memory": self.max_memory} if self.max_memory is not None else {})
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,10 @@ def measure_finals(
             known[name] = evaluator(engines[name], progress)
         return known.get(name)
 
+    memory = {
+        variant.name: memory_facts(engines[variant.name], workload.batch, limits.max_memory)
+        for variant in finalists
+    }
     scores[FLOAT] = score(FLOAT)
     found = False
     for name in order:
@@ -148,13 +160,15 @@ def measure_finals(
             engines[FLOAT], engines[name], real, source=source, seed=seed, progress=progress
         )
         scores[name] = score(name)
-        found |= evaluator is not None and keeps_limit(scores[FLOAT], scores[name], limits)
+        kept = evaluator is not None and keeps_limit(scores[FLOAT], scores[name], limits)
+        found |= kept and memory[name]["fits"] is not False
 
     def candidate(variant: Variant) -> Candidate:
         name = variant.name
         before, after = scores[FLOAT], scores[name]
         ratio, agreement = comparison.ratios.get(name), agreements.get(name)
         judged = evaluator is None or after is not None
+        keeps = name == FLOAT or (judged and keeps_limit(before, after, limits))
         return Candidate(
             name=name,
             runtime=variant.target.name,
@@ -168,7 +182,8 @@ def measure_finals(
             fidelity=agreement.to_dict() if agreement is not None else None,
             int8_macs=int8_share(engines[name].kernels(), sites),
             buys=variant.buys,
-            allowed=name == FLOAT or (judged and keeps_limit(before, after, limits)),
+            memory=memory[name],
+            allowed=keeps and memory[name]["fits"] is not False,
         )
 
     latency = {
@@ -254,14 +269,6 @@ def reasons(model: Model) -> Mapping[str, str]:
         if "reasons" in step.details:
             return dict(step.details["reasons"])
     return {}
-
-
-def size_of(engine: Engine) -> int:
-    """Bytes of what the engine saves, or of what the device needs of it."""
-    if isinstance(engine, Shipped):
-        return engine.shipped_bytes
-    with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
-        return sum(path.stat().st_size for path in engine.save(Path(folder)))
 
 
 def score_facts(score: Score | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import typer
 
 from compress import options
 from compress.errors import OutputError, UsageError
-from compress.exits import NOT_MET, PREPARED, explain
+from compress.exits import CANNOT_TELL, NOT_MET, PREPARED, explain
 
 if TYPE_CHECKING:
     from compress.model import TensorSpec
@@ -46,7 +46,8 @@ def _root(
     """Make a trained model small and fast for one target, and prove it with measurements.
 
     Exit codes: 0 done and within the budget, 1 budget not met or nothing faster found,
-    2 wrong usage or input, 3 unexpected error, 4 prepared for `compress build`, 130 stopped.
+    2 wrong usage or input, 3 unexpected error, 4 prepared for `compress build`,
+    5 `compress check --cannot-tell fail` could not tell, 130 stopped.
     """
 
 
@@ -94,6 +95,7 @@ def _command(name: str, *examples: str) -> Callable[[Callable[P, None]], Callabl
     "version_compatible=true",
     "compress run model.onnx --target ort-mobile --device pixel-8 --calibration images.npz",
     "compress run model.onnx --calibration images.npz --device ssh://pi@192.168.1.7",
+    "compress run model.onnx --target openvino --calibration images.npz --max-memory 2MiB",
 )
 def run(
     model: options.Source = None,
@@ -110,6 +112,7 @@ def run(
     train: options.Train = None,
     max_drop: options.MaxDrop = None,
     min_speedup: options.MinSpeedup = None,
+    max_memory: options.MaxMemory = None,
     repair_seconds: options.RepairTime = None,
     out: options.Directory = None,
     force: options.Force = False,
@@ -157,6 +160,7 @@ def run(
         max_drop=max_drop,
         repair_seconds=repair_seconds,
         min_speedup=min_speedup,
+        max_memory=max_memory,
         out=out,
         overwrite=force,
         recipe=recipe,
@@ -251,27 +255,43 @@ def build(
     "compress inspect model.onnx",
     "compress inspect --model torchvision.models:resnet18 --input 1x3x224x224",
     "compress inspect model.pt2 --json | jq '.totals.macs'",
+    "compress inspect model.onnx --patches   # peak memory if the first stage ran in patches",
 )
 def inspect(
     model: options.Source = None,
     factory: options.Factory = None,
     inputs: options.Inputs = None,
+    patches: options.Patches = False,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
     """Show the operators of a model and what they cost.
 
-    Shapes, MACs, parameters and the activations that are in memory while each runs.
+    Shapes, MACs, parameters and the activations that are in memory while each runs; the peak of
+    all with its operator, in float32 and as int8. With --patches also what patch-based execution
+    of the first stage would need (MCUNetV2): an analysis for microcontrollers, no target here
+    executes it.
     """
     specs = _specs(inputs)
     from compress import export, loading, render
+    from compress.graph import graph_sites
+    from compress.memory.inspection import model_memory
+    from compress.memory.splitting import table_of
 
     loaded = loading.load(model, factory=factory, inputs=specs, trust_pickle=trust_pickle)
-    found = export.sites(loaded)
+    graph_model = export.to_onnx(loaded, 21).graph_model
+    found = graph_sites(graph_model)
+    memory = {
+        "float32": model_memory(graph_model),
+        "int8": model_memory(graph_model, "int8"),
+    }
+    table = table_of(graph_model) if patches else None
     if as_json:
-        _print_json(render.sites_dict(loaded, found))
-    else:
-        render.sites(loaded, found)
+        _print_json(render.sites_dict(loaded, found, memory, table))
+        return
+    render.sites(loaded, found, memory)
+    if table is not None:
+        render.patches(table)
 
 
 @_command(
@@ -369,6 +389,146 @@ def compare(
         _print_json(result.to_dict())
     else:
         render.side_by_side(result)
+
+
+@_command(
+    "check",
+    "compress check model-cpu --against baseline",
+    "compress check model-cpu --against model.onnx --budget budgets.yaml --eval test.npz",
+    "compress check model-cpu --against baseline --max-slowdown 5% --time 20 --cannot-tell fail",
+    "compress check model-cpu --against baseline --junit check.xml --markdown check.md",
+)
+def check(
+    candidate: options.Candidate,
+    against: options.Against = None,
+    budget: options.BudgetFile = None,
+    max_slowdown: options.MaxSlowdown = None,
+    evaluate: options.Evaluate = None,
+    max_drop: options.MaxDrop = None,
+    cannot_tell: options.CannotTell = "pass",
+    seconds: options.CheckTime = 60.0,
+    threads: options.CheckThreads = None,
+    inputs: options.Inputs = None,
+    layout: options.Layout = "auto",
+    mean: options.Mean = None,
+    std: options.Std = None,
+    junit: options.Junit = None,
+    markdown: options.MarkdownFile = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Gate a model against a baseline: for CI, on noisy machines too.
+
+    Both run in turns on this machine, built anew many times, until the verdict is sure or --time
+    is up. Without a budget the median latency may rise by 2.5%: half-way between no change and a
+    slow-down of 5%, so that equal models pass, 5% is found, and a small model takes seconds. A
+    change near the limit cannot be told, and --cannot-tell says what becomes of it. With --eval
+    one point of accuracy may be lost.
+
+    Absolute times in a budget are judged only on the machine that the budget names.
+
+    Exit codes: 0 passed, 1 failed, 2 could not be checked, 5 cannot tell with --cannot-tell fail.
+    """
+    from compress.regression.publish import publish, publish_error
+
+    files = {"junit": junit, "comment": markdown}
+    try:
+        specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
+        from compress.regression import check as check_one
+
+        result = check_one(
+            candidate,
+            against,
+            budget=budget,
+            evaluate_on=evaluate,
+            max_slowdown=max_slowdown,
+            max_drop=max_drop,
+            cannot_tell=cannot_tell,
+            seconds=seconds,
+            threads=threads,
+            inputs=specs,
+            layout=layout,
+            mean=means,
+            std=deviations,
+            seed=seed,
+            progress=_progress(),
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        _, message = explain(error)
+        try:
+            _print_lines(publish_error(candidate, message, os.environ, **files), as_json)
+        except OutputError as second:
+            typer.secho(str(second), err=True, fg=typer.colors.RED)
+        raise
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from compress import render
+
+        render.check(result)
+    _print_lines(publish(result, os.environ, **files), as_json)
+    if result.verdict == "cannot tell":
+        typer.secho(f"Attention: {result.headline}", err=True, fg=typer.colors.YELLOW)
+    if not result.ok:
+        raise typer.Exit(NOT_MET if result.verdict == "fail" else CANNOT_TELL)
+
+
+@_command(
+    "baseline",
+    "compress baseline model-cpu --out baseline",
+    "compress baseline model-cpu --out baseline --eval test.npz --budget budgets.yaml",
+    "compress baseline model.onnx --threads 1 --seconds 20 --force",
+)
+def baseline(
+    source: options.Candidate,
+    out: options.BaselineDirectory = None,
+    force: options.ForceBaseline = False,
+    budget: options.StartingBudget = None,
+    evaluate: options.Evaluate = None,
+    layout: options.Layout = "auto",
+    mean: options.Mean = None,
+    std: options.Std = None,
+    seconds: options.Seconds = 10.0,
+    threads: options.CheckThreads = None,
+    inputs: options.Inputs = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Record what `compress check` compares with.
+
+    A directory with a copy that can run again and `baseline.json`: latency over fresh sessions,
+    accuracy, size, peak memory, machine and versions. With --budget also a file of limits to start
+    from.
+    """
+    specs, means, deviations = _specs(inputs), _numbers(mean, "--mean"), _numbers(std, "--std")
+    from compress.regression.recording import record_baseline
+
+    directory, record = record_baseline(
+        source,
+        out,
+        overwrite=force,
+        budget=budget,
+        evaluate_on=evaluate,
+        seconds=seconds,
+        threads=threads,
+        inputs=specs,
+        layout=layout,
+        mean=means,
+        std=deviations,
+        seed=seed,
+        progress=_progress(),
+    )
+    if as_json:
+        import dataclasses
+
+        _print_json({"directory": str(directory), "record": dataclasses.asdict(record)})
+    else:
+        from compress import render
+
+        render.baseline(record)
+        typer.echo(f"Baseline: {directory}")
+        if budget is not None:
+            typer.echo(f"Budget: {budget}")
 
 
 @_command(
@@ -502,6 +662,12 @@ def _progress() -> Progress:
     from compress.progress import terminal
 
     return terminal
+
+
+def _print_lines(lines: Sequence[str], to_stderr: bool) -> None:
+    """Workflow commands, which the runner reads from either stream."""
+    for line in lines:
+        typer.echo(line, err=to_stderr)
 
 
 def _print_json(value: Any) -> None:

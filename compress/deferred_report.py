@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from compress import artifact, build_sheet
+from compress.artifact import size_of
 from compress.build_sheet import BuildSheet, Entry
 from compress.candidates import (
     drop_facts,
@@ -20,7 +21,6 @@ from compress.candidates import (
     reasons,
     score_facts,
     site_rows,
-    size_of,
 )
 from compress.deferred import Preparation, Prepared
 from compress.facts import (

@@ -9,6 +9,8 @@ USAGE = 2
 UNEXPECTED = 3
 PREPARED = 4
 """The input of the build was written; the engine has to be built on another machine."""
+CANNOT_TELL = 5
+"""`compress check --cannot-tell fail` could not tell, which is neither kept nor broken."""
 STOPPED = 130
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.errors import EngineError
+from compress.graph_liveness import program_of
+from compress.liveness import sweep
 from compress.model import TensorSpec, random_inputs
 from compress.reference import reference_session, run
 
@@ -34,8 +36,8 @@ class Site:
         groups: of a convolution; 1 elsewhere.
         macs: multiply-accumulates for one run at that shape.
         parameters: numbers in its initializers.
-        live_bytes: activations that are in memory while it runs, if each is freed after its
-            last use (order of the graph).
+        live_bytes: activations that are in memory while it runs, in the order of the graph, if
+            each is freed after its last use (see `compress.graph_liveness.program_of`).
     """
 
     name: str
@@ -57,10 +59,10 @@ class Site:
 def graph_sites(graph_model: ir.Model) -> tuple[Site, ...]:
     """The operators of a graph in order of execution; constants and subgraphs are left out."""
     shapes = infer_shapes(graph_model)
-    live = _live_bytes(graph_model.graph, shapes)
+    live = sweep(program_of(graph_model.graph, shapes))
     counted: set[str] = set()
     found = []
-    for node in graph_model.graph:
+    for node, in_use in zip(graph_model.graph, live, strict=True):
         if node.op_type == "Constant":
             continue
         output = shapes.get(node.outputs[0].name or "", ())
@@ -77,7 +79,7 @@ def graph_sites(graph_model: ir.Model) -> tuple[Site, ...]:
                 weight=_weight_shape(node),
                 macs=_macs(node, shapes),
                 parameters=_parameters(node, counted),
-                live_bytes=live[id(node)],
+                live_bytes=in_use,
                 strides=_strides(node),
                 groups=node.attributes.get_int("group", 1),
             )
@@ -287,28 +289,3 @@ def _macs(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:
             return length * batch * (math.prod(ins[1]) + math.prod(ins[2]))
         case _:
             return 0
-
-
-def _live_bytes(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
-    """Bytes of activations alive while each node runs."""
-    nodes = list(graph)
-    last_use: dict[str, int] = {}
-    for index, node in enumerate(nodes):
-        for value in node.inputs:
-            if value is not None and value.name:
-                last_use[value.name] = index
-    for value in graph.outputs:
-        last_use[value.name or ""] = len(nodes)
-
-    def size(value: ir.Value) -> int:
-        if value.dtype is None or value.name not in shapes:
-            return 0
-        return math.ceil(math.prod(map(abs, shapes[value.name])) * value.dtype.itemsize)
-
-    alive = {value.name or "": size(value) for value in graph.inputs}
-    result: dict[int, int] = {}
-    for index, node in enumerate(nodes):
-        alive |= {out.name or "": size(out) for out in node.outputs}
-        result[id(node)] = sum(alive.values())
-        alive = {name: n for name, n in alive.items() if last_use.get(name, -1) > index}
-    return result

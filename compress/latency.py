@@ -175,6 +175,7 @@ def measure(
     baseline: str | None = None,
     seconds: float = 10.0,
     min_blocks: int = 20,
+    block_seconds: float = BLOCK_SECONDS,
     margin: float = 0.0,
     own_clock: bool = False,
     seed: int = 0,
@@ -192,6 +193,7 @@ def measure(
         baseline: a name in `calls`; the first by default.
         seconds: time to spend on all candidates together.
         min_blocks: smallest number of rounds.
+        block_seconds: shortest block.
         margin: a candidate is "faster" only if the interval lies above 1 + margin.
         own_clock: the calls return their seconds, read from a device's clock.
         seed: of the order and the bootstrap.
@@ -206,7 +208,7 @@ def measure(
     rng = np.random.default_rng(seed)
     start, before_mhz = perf_counter(), clock_mhz()
     with _no_garbage_collection(), progress("Measuring latency", seconds) as advance:
-        _warm_up(candidates, rng, seconds / 4)
+        _warm_up(candidates, rng, seconds / 4, block_seconds)
         advance(perf_counter() - start)
         _rounds(candidates, rng, start + seconds, min_blocks, advance)
     return summarise(
@@ -324,12 +326,14 @@ def _check(
     return baseline
 
 
-def _warm_up(candidates: list[_Candidate], rng: np.random.Generator, seconds: float) -> None:
+def _warm_up(
+    candidates: list[_Candidate], rng: np.random.Generator, seconds: float, block_seconds: float
+) -> None:
     end = perf_counter() + seconds
     for candidate in candidates:
         candidate.run()  # first call: lazy initialization
         duration = min(candidate.run(), candidate.run())
-        calls = math.ceil(BLOCK_SECONDS / max(duration, 1e-9))
+        calls = math.ceil(block_seconds / max(duration, 1e-9))
         candidate.calls_per_block = min(calls, MAX_BLOCK_CALLS)
     while not all(c.warm for c in candidates) and perf_counter() < end:
         for candidate in _shuffled(candidates, rng):

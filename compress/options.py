@@ -135,6 +135,19 @@ MaxDrop = Annotated[
 MinSpeedup = Annotated[
     float | None, typer.Option(metavar="S", help="Smallest gain, for example 1.5.")
 ]
+Patches = Annotated[
+    bool,
+    typer.Option(
+        "--patches", help="Also the peak with the first stage in patches, and what that costs."
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory of activations at once, weights apart: 320kB, 2MiB.",
+    ),
+]
 Directory = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Artifact directory.  [default: NAME-TARGET]"),
@@ -231,4 +244,55 @@ Time = Annotated[
         help="Seconds to look for the fastest placement of int8 and the fastest settings; 0 tries "
         "whole models only.  [default: 60]",
     ),
+]
+Candidate = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="An artifact directory or a model file.", show_default=False
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BASELINE",
+        help="A directory that `compress baseline` wrote, an artifact or a model file.",
+    ),
+]
+BudgetFile = Annotated[
+    Path | None,
+    typer.Option("--budget", metavar="FILE", help="Limits: a budgets.yaml (see examples/ci)."),
+]
+MaxSlowdown = Annotated[
+    str | None,
+    typer.Option(
+        metavar="X", help="Largest rise of the median latency, such as 5%.  [default: 2.5%]"
+    ),
+]
+CannotTell = Annotated[
+    Literal["pass", "fail"],
+    typer.Option(help="What becomes of a verdict that stays open when the time is up."),
+]
+CheckTime = Annotated[
+    float,
+    typer.Option("--time", metavar="S", min=0.5, max=3600, help="Longest time to measure."),
+]
+CheckThreads = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", min=1, help="Of both.  [default: as recorded, or all]"),
+]
+Junit = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write JUnit XML, one test case per limit.")
+]
+MarkdownFile = Annotated[
+    Path | None,
+    typer.Option("--markdown", metavar="FILE", help="Write Markdown for a pull-request comment."),
+]
+BaselineDirectory = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Directory to write.  [default: NAME-baseline]"),
+]
+ForceBaseline = Annotated[bool, typer.Option("--force", help="Replace a baseline and a budget.")]
+StartingBudget = Annotated[
+    Path | None,
+    typer.Option("--budget", metavar="FILE", help="Also write limits from what was measured."),
 ]

@@ -45,6 +45,7 @@ from compress.kernel_rows import kernel_tables
 from compress.loading import load
 from compress.lowering import export, lower
 from compress.machine import fingerprint, this_machine, versions
+from compress.memory.advice import what_patches_reach
 from compress.metrics import Score
 from compress.model import Model, TensorSpec
 from compress.passes import Context
@@ -60,6 +61,7 @@ from compress.settings import (
     Settings,
     capable,
     check_half,
+    check_memory,
     check_speed,
     choose_passes,
     read_data,
@@ -124,6 +126,7 @@ def run(
     train: Any = None,
     max_drop: str | float | None = None,
     min_speedup: float | None = None,
+    max_memory: str | int | None = None,
     repair_seconds: float | None = None,
     out: Path | str | None = None,
     threads: int | None = None,
@@ -168,6 +171,8 @@ def run(
         max_drop: largest loss, "0.5%" absolute points or "0.5%rel"; 1 % where there is
             something to evaluate.
         min_speedup: smallest speed-up over the original that counts as success.
+        max_memory: most memory of activations at once, such as "320kB" or "2MiB", or bytes; what
+            needs more does not become the artifact.
         repair_seconds: time to repair accuracy where int8 loses more than `max_drop`; 300. 0 keeps
             what is not within the limit out of the artifact without trying.
         out: directory of the artifact.
@@ -231,8 +236,11 @@ def run(
     check_half(bits if not simulate else None, served)
     served, unable = capable((*passes, *alternatives), original, served)
     data, evaluator, training = read_data(settings, original)
-    limits = Limits.parse(settings.max_drop, settings.min_speedup, evaluator is not None)
+    limits = Limits.parse(
+        settings.max_drop, settings.min_speedup, evaluator is not None, settings.max_memory
+    )
     check_speed(limits.min_speedup, destination)
+    check_memory(settings.max_memory, destination)
 
     context = Context(
         target=destination,
@@ -323,6 +331,8 @@ def run(
         with clock.phase("sensitivity"):
             measure_sensitivity(lowered)
     decision = choose(measured, limits)
+    if limits.max_memory is not None and not any(one.candidate.allowed for one in measured.all):
+        decision = decision.explained(what_patches_reach(exported.graph_model, limits.max_memory))
     if climbed is not None:
         decision = decision.after(climbed.sentence(), climbed.holds)
     chosen = measured.built(decision.chosen)

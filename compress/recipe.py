@@ -29,6 +29,7 @@ SETTINGS: Mapping[str, _Kind] = {
     **dict.fromkeys(("mean", "std"), _NUMBERS),
     "sensitivity": ("true or false", (bool,), ()),
     "max_drop": ("text or a number", (str, int, float), ()),
+    "max_memory": ("text such as 320kB, or a number of bytes", (str, int), ()),
     **dict.fromkeys(("min_speedup", "seconds", "search_seconds", "repair_seconds"), _NUMBER),
 }
 """What a recipe may set besides its passes, by the names of `compress.run`'s arguments, and what

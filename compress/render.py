@@ -12,8 +12,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from compress.graph import Site
     from compress.latency import Comparison
+    from compress.memory.inspection import ModelMemory
+    from compress.memory.splitting import PatchTable
     from compress.model import Model
     from compress.profiling import ProfileReport
+    from compress.regression.record import Record
+    from compress.regression.result import CheckResult
     from compress.remote import OnDevice
     from compress.side_by_side import SideBySide
 
@@ -27,18 +31,26 @@ def console() -> Console:
     return probe if probe.is_terminal else Console(width=PIPED_WIDTH)
 
 
-def sites_dict(model: Model, found: Sequence[Site]) -> dict[str, Any]:
-    """Sites and totals as plain values."""
+def sites_dict(
+    model: Model,
+    found: Sequence[Site],
+    memory: Mapping[str, ModelMemory],
+    table: PatchTable | None = None,
+) -> dict[str, Any]:
+    """Sites, totals, peaks and patches as plain values."""
+    patched = {"patches": table.to_dict()} if table is not None else {}
     return {
         "name": model.name,
         "source": model.source,
         "inputs": [str(spec) for spec in model.inputs],
         "totals": _totals(found),
+        "memory": {name: one.to_dict() for name, one in memory.items()},
+        **patched,
         "sites": [site.to_dict() for site in found],
     }
 
 
-def sites(model: Model, found: Sequence[Site]) -> None:
+def sites(model: Model, found: Sequence[Site], memory: Mapping[str, ModelMemory]) -> None:
     """The table of `compress inspect`."""
     totals = _totals(found)
     table = _table("site", "operator", "output", right=("MACs", "share", "parameters", "live"))
@@ -56,8 +68,48 @@ def sites(model: Model, found: Sequence[Site]) -> None:
     out.print(table)
     out.print(
         f"{model.name}: {totals['sites']} sites, {count(totals['macs'])} MACs, "
-        f"{count(totals['parameters'])} parameters, at most "
-        f"{size(totals['peak_live_bytes'])} of activations alive at once",
+        f"{count(totals['parameters'])} parameters",
+        highlight=False,
+        markup=False,
+    )
+    for reading, one in memory.items():
+        out.print(_peak(reading, one), highlight=False, markup=False)
+
+
+def _peak(reading: str, memory: ModelMemory) -> str:
+    """One sentence about the most memory that activations take."""
+    at = memory.peak
+    best = ""
+    if memory.best_bytes < at.bytes:
+        exact = "best" if memory.best_is_exact else "best that was found"
+        best = f"; {size(memory.best_bytes)} in the {exact} order of branches"
+    estimated = " (estimated)" if reading != "float32" else ""
+    return (
+        f"Activations in {reading}{estimated}: at most {size(at.bytes)} alive at once, at "
+        f"{at.step} ({at.op_type}); {size(memory.arena_bytes)} as one block of memory{best}"
+    )
+
+
+def patches(found: PatchTable) -> None:
+    """The table of `compress inspect --patches`."""
+    right = ("float32", "int8", "more MACs", "of the stage")
+    table = _table("patches", "stage ends with", right=right, last="peak at")
+    table.add_row("whole", "", size(found.float32.bytes), size(found.int8.bytes), "", "", "")
+    for row in found.rows:
+        table.add_row(
+            f"{row.split} along each axis",
+            escape(row.end),
+            size(row.float32.bytes),
+            size(row.int8.bytes),
+            f"{row.overhead:.1%}",
+            f"{row.stage_overhead:.1%}",
+            escape(row.int8.step),
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        f"Analysis for a runtime with patch-based execution, which no target here is. The image "
+        f"and the stage's output stay in memory. No longer stage: {found.limit}.",
         highlight=False,
         markup=False,
     )
@@ -102,6 +154,44 @@ def on_devices(results: Sequence[OnDevice]) -> None:
                 out.print(text, highlight=False, markup=False)
         for name, reason in result.failures.items():
             out.print(f"{name} failed there: {reason}", highlight=False, markup=False)
+
+
+def check(result: CheckResult) -> None:
+    """The table of `compress check`."""
+    from compress.regression.result import cells
+
+    table = _table("metric", "limit", right=("baseline", "candidate", "found"), last="verdict")
+    for row in result.rows:
+        table.add_row(*map(escape, cells(row)[:-1]))
+    out = console()
+    out.print(table)
+    for row in result.rows:
+        if row.reason:
+            out.print(f"{row.metric}: {row.reason}", highlight=False, markup=False)
+    for note in result.notes:
+        out.print(note, highlight=False, markup=False)
+    out.print(
+        f"Pairs of sessions: {result.pairs}, looks: {result.looks}, {result.seconds:.1f} s",
+        highlight=False,
+    )
+    out.print(result.headline, highlight=False, markup=False)
+
+
+def baseline(record: Record) -> None:
+    """The table of `compress baseline`."""
+    table = _table("what", "found")
+    for quantile in ("p50", "p90"):
+        one = record.latency[f"{quantile}_ms"]
+        shown = f"{one['value']:.4g} ms [{one['low']:.4g}, {one['high']:.4g}]"
+        table.add_row(f"latency_{quantile}", shown)
+    accuracy = record.accuracy
+    if accuracy is not None:
+        table.add_row("accuracy", f"{accuracy['value']:.6g} on {escape(accuracy['data'])}")
+    table.add_row("size", f"{record.size_bytes} bytes")
+    peak = record.peak_memory_bytes
+    table.add_row("peak_memory", f"{peak} bytes" if peak is not None else "unknown")
+    table.add_row("machine", f"{escape(record.machine['cpu'])}, {record.machine['fingerprint']}")
+    console().print(table)
 
 
 def side_by_side(result: SideBySide) -> None:

@@ -81,6 +81,7 @@ def broken(searched: Searched, measured: Measured) -> Variant | None:
         c.name
         for c in judged
         if not c.allowed
+        and c.memory.get("fits") is not False
         and not variants[c.name].made_by
         and c.precision not in FLOATS
         and (speed[c.name] > enough or c.buys != "speed")

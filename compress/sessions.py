@@ -6,10 +6,11 @@ calls of one session share that luck. So each candidate is built anew several ti
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from compress.latency import Comparison, Ratio, Timing, Verdict, measure
+from compress.latency import BLOCK_SECONDS, Comparison, Ratio, Timing, Verdict, measure
 from compress.progress import Progress, silent
 
 SESSIONS = 3
@@ -41,11 +42,38 @@ def measure_sessions(
     Returns:
         as `combine`.
     """
-    found = [
-        measure(build(), seconds=seconds / sessions, seed=seed + index, progress=progress)
-        for index in range(sessions)
-    ]
-    return combine(found, requests=requests, margin=margin)
+    found = each_session(build, seconds=seconds / sessions, seed=seed, progress=progress)
+    return combine(list(itertools.islice(found, sessions)), requests=requests, margin=margin)
+
+
+def each_session(
+    build: Callable[[], Mapping[str, Callable[[], object]]],
+    *,
+    seconds: float,
+    min_blocks: int = 20,
+    block_seconds: float = BLOCK_SECONDS,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Iterator[Comparison]:
+    """One session after the other, without end; a caller stops when it knows enough.
+
+    Args:
+        build: makes a fresh callable for every candidate; the first is the baseline.
+        seconds: for one session.
+        min_blocks: smallest number of rounds in it.
+        block_seconds: shortest block.
+        seed: of the order of blocks; each session has its own.
+        progress: opens a tracker in seconds.
+    """
+    for index in itertools.count():
+        yield measure(
+            build(),
+            seconds=seconds,
+            min_blocks=min_blocks,
+            block_seconds=block_seconds,
+            seed=seed + index,
+            progress=progress,
+        )
 
 
 def combine(

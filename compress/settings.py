@@ -41,6 +41,7 @@ class Settings:
     std: Sequence[float] | None = None
     max_drop: str | float | None = None
     min_speedup: float | None = None
+    max_memory: str | int | None = None
     train: Any = None
     repair_seconds: float = REPAIR_SECONDS
     batch: int = 1
@@ -201,6 +202,20 @@ def check_speed(min_speedup: float | None, target: Target) -> None:
         raise UsageError(
             f"--min-speedup {min_speedup:g} cannot be checked for {target.name}: its artifact runs "
             f"on another device, and speed there is not measured. Leave the option out."
+        )
+
+
+def check_memory(max_memory: str | int | None, target: Target) -> None:
+    """Refuse --max-memory where no runtime here tells what it needs.
+
+    Raises:
+        UsageError: the artifact is built, or runs, on another device.
+    """
+    if max_memory is not None and isinstance(target, (BuiltElsewhere, Elsewhere)):
+        raise UsageError(
+            f"--max-memory {max_memory} cannot be checked for {target.name}: its engine is built, "
+            f"or runs, on another device. Leave the option out; `compress inspect` shows the peak "
+            f"of the model itself."
         )
 
 

@@ -74,7 +74,7 @@ def bench(
         name: open_engine(path, threads=threads)
         for name, path in zip(_distinct(paths), paths, strict=True)
     }
-    calls = {name: _call(name, engine, batch, seed) for name, engine in engines.items()}
+    calls = {name: request(name, engine, batch, seed) for name, engine in engines.items()}
     return measure(calls, seconds=seconds, seed=seed, progress=progress)
 
 
@@ -137,7 +137,7 @@ def compare(
     """
     names = _distinct([first, second])
     before, after = (open_engine(path, threads=threads) for path in (first, second))
-    _check_inputs(names, before, after)
+    check_same_inputs(names, before, after)
     evaluator = None
     if evaluate is not None:
         evaluator = resolve_evaluator(evaluate, before.inputs, layout=layout, mean=mean, std=std)
@@ -152,14 +152,19 @@ def compare(
         if accuracies[0] is not None and accuracies[1] is not None:
             drop = paired_drop(accuracies[0], accuracies[1], seed=seed)
     calls = {
-        name: _call(name, engine, 1, seed)
+        name: request(name, engine, 1, seed)
         for name, engine in zip(names, (before, after), strict=True)
     }
     timing = measure(calls, seconds=seconds, seed=seed, progress=progress)
     return SideBySide(names[0], names[1], timing, closeness, scores, drop)
 
 
-def _call(name: str, engine: Engine, batch: int, seed: int) -> Callable[[], object]:
+def request(name: str, engine: Engine, batch: int, seed: int) -> Callable[[], object]:
+    """A function that runs the engine once, on random inputs of its own.
+
+    Raises:
+        UsageError: a batch size for a model whose batch is fixed.
+    """
     return partial(engine, _inputs(name, engine, batch, seed))
 
 
@@ -173,7 +178,12 @@ def _inputs(name: str, engine: Engine, batch: int, seed: int) -> Arrays:
     return random_inputs(engine.inputs, batch, np.random.default_rng(seed))
 
 
-def _check_inputs(names: Sequence[str], before: Engine, after: Engine) -> None:
+def check_same_inputs(names: Sequence[str], before: Engine, after: Engine) -> None:
+    """Refuse models that cannot be given the same arrays.
+
+    Raises:
+        UsageError: their inputs differ.
+    """
     given = [
         {spec.name: (spec.concrete(), spec.dtype) for spec in engine.inputs}
         for engine in (before, after)

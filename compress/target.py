@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from compress.liveness import Program
 from compress.model import Arrays, Model, TensorSpec
 
 FLOATS = ("float32", "tf32", "bfloat16", "float16")
@@ -380,6 +381,25 @@ class DeviceTimed(Protocol):
 
     def timed(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs once on inputs that lie on the device, and returns its seconds."""
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """An engine that knows the order in which its kernels run, and what each allocates."""
+
+    def schedule(self, batch: int = 1) -> Program | None:
+        """For requests of that size, inputs held by the caller; None where sizes are not known."""
+
+
+@runtime_checkable
+class MemoryMeasured(Protocol):
+    """An engine whose runtime tells how much memory it takes for activations."""
+
+    def memory_in_use(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        """The most bytes at once during one run by the runtime's own account, inputs included.
+
+        Weights and code are left out. None where this machine cannot tell.
+        """
 
 
 def runtimes(target: Target) -> tuple[Target, ...]:

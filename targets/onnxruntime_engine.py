@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from compress.errors import EngineError
+from compress.liveness import Program
 from compress.model import Arrays, TensorSpec, random_inputs
 from compress.reference import run, session
 from compress.target import Kernel, KernelTensors, KernelTime, TensorType
@@ -117,24 +118,52 @@ class OnnxRuntimeEngine:
         What each kernel reads and writes is read off one run on random inputs at batch 1, and
         unknown where the model refuses those.
         """
+        options = session_options(self.settings)
         try:
-            optimized, events = self._traced(random_inputs(self.inputs, 1, _rng()), runs=1)
+            inputs = random_inputs(self.inputs, 1, np.random.default_rng(0))
+            optimized, events = self._traced(options, inputs, runs=1)
         except EngineError:
-            optimized, events = self._traced({}, runs=0)
-        return kernels_of(optimized, self.graph_model, events=events)
+            optimized, events = self._traced(session_options(self.settings), {}, runs=0)
+        return kernels_of(optimized, self.graph_model, events=_kernel_events(events))
 
     def profile(self, inputs: Mapping[str, np.ndarray], runs: int = 20) -> tuple[KernelTime, ...]:
         """Median time of each kernel under ONNX Runtime's profiler."""
-        optimized, events = self._traced(inputs, runs=runs + 3)
+        options = session_options(self.settings)
+        optimized, found = self._traced(options, inputs, runs=runs + 3)
+        events = _kernel_events(found)
         return _kernel_times(events, kernels_of(optimized, self.graph_model, events=events), runs)
 
+    def schedule(self, batch: int = 1) -> Program | None:
+        """The optimized graph, with ONNX Runtime's plan of its buffers."""
+        from targets.onnxruntime_memory import planned
+
+        options = session_options(self.settings)
+        for name in dict.fromkeys(s for spec in self.inputs for s in spec.shape):
+            if isinstance(name, str):
+                options.add_free_dimension_override_by_name(name, batch)
+        optimized, _ = self._traced(options, {}, runs=0)
+        return planned(optimized)
+
+    def memory_in_use(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        """What the session's arena had given out at most during the first run, and the inputs."""
+        from targets.onnxruntime_memory import most_in_use
+
+        options = session_options(self.settings)
+        # Each tensor for itself: with a pattern, one block for all of them hides what is alive.
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = True
+        _, events = self._traced(options, inputs, runs=1)
+        activations = most_in_use(events)
+        if activations is None:
+            return None
+        return activations + sum(np.asarray(array).nbytes for array in inputs.values())
+
     def _traced(
-        self, inputs: Mapping[str, np.ndarray], runs: int
+        self, options: ort.SessionOptions, inputs: Mapping[str, np.ndarray], runs: int
     ) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
         """The optimized graph, and the profiler's events of so many runs."""
         with tempfile.TemporaryDirectory(prefix="hwcompress-") as folder:
             path = Path(folder) / "optimized.onnx"
-            options = session_options(self.settings)
             options.optimized_model_filepath = str(path)
             if _is_large(self.graph_model):
                 key = "session.optimized_model_external_initializers_file_name"
@@ -147,8 +176,7 @@ class OnnxRuntimeEngine:
                     run(runtime, inputs)
             finally:
                 written = Path(runtime.end_profiling())
-            events = json.loads(written.read_text())
-            return onnx.load(str(path), load_external_data=False), _kernel_events(events)
+            return onnx.load(str(path), load_external_data=False), json.loads(written.read_text())
 
     def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
         return session(self.graph_model, options, PROVIDERS)
@@ -344,7 +372,3 @@ def _kernel_times(
         KernelTime(known[name], statistics.median(durations[-runs:]))
         for name, durations in times.items()
     )
-
-
-def _rng() -> np.random.Generator:
-    return np.random.default_rng(0)

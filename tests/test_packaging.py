@@ -43,7 +43,7 @@ def test_wheel_holds_the_five_packages_and_nothing_else(wheel: list[str]) -> Non
 def test_wheel_is_typed_and_licensed(wheel: list[str]) -> None:
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(wheel)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
-    assert not any("__pycache__" in name or "test_" in name for name in wheel)
+    assert not any("__pycache__" in name or "/test_" in name for name in wheel)
 
 
 @pytest.mark.parametrize("group", ["compress.targets", "compress.passes", "compress.devices"])
@@ -59,6 +59,11 @@ def test_console_script_is_registered() -> None:
     assert script.value == "compress.cli:main"
 
 
+def test_pytest_plugin_is_registered() -> None:
+    (plugin,) = entry_points(group="pytest11", name="compress")
+    assert plugin.value == "compress.pytest_plugin"
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -66,8 +71,9 @@ def test_console_script_is_registered() -> None:
         "import compress; compress.UsageError, compress.__version__, dir(compress)",
         "from compress.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from compress.cli import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass",
+        "import compress.pytest_plugin",
     ],
-    ids=["import", "light names", "help", "help of run"],
+    ids=["import", "light names", "help", "help of run", "pytest plugin"],
 )
 def test_nothing_heavy_is_imported_before_work_starts(code: str) -> None:
     found = python(f"{code}\nimport sys; print([m for m in {HEAVY} if m in sys.modules])")

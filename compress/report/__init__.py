@@ -28,7 +28,9 @@ class Candidate:
         int8_macs: share of multiply-accumulates that the runtime executes in int8, 0..1.
         buys: what it is made for: "speed", "size", "device" (speed elsewhere, which is not
             measured) or "numbers" (simulated formats).
-        allowed: whether it keeps the budget's limit on the drop.
+        memory: peak of its activations for one request, see `compress.memory.limit.memory_facts`;
+            empty where nobody asked.
+        allowed: whether it keeps the budget's limits on the drop and on memory.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Candidate:
     fidelity: Mapping[str, Any] | None = None
     int8_macs: float = 0.0
     buys: str = "speed"
+    memory: Mapping[str, Any] = field(default_factory=dict)
     allowed: bool = True
 
 

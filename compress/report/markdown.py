@@ -19,6 +19,7 @@ from compress.report.table import (
     float_sites,
     gap,
     ladder_row,
+    memory_sentence,
     predicted_row,
     predicted_sentence,
     region_table,
@@ -44,6 +45,8 @@ def markdown(report: Report) -> str:
     for candidate in report.candidates:
         if candidate.fidelity is not None:
             lines += ["", f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."]
+    peaks = [memory_sentence(c.name, c.memory) for c in report.candidates if c.memory]
+    lines += ["", *(f"- {sentence}" for sentence in peaks)] if peaks else []
     if report.gap:
         lines += ["", gap(report.gap)]
     if report.ladder:

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.report import Candidate, Report
 
-COLUMNS = ("", "latency p50", "speed-up", "size", "accuracy", "drop", "int8 MACs")
+COLUMNS = ("", "latency p50", "speed-up", "size", "memory", "accuracy", "drop", "int8 MACs")
 
 
 NOT_MEASURED = "not measured"
@@ -22,6 +22,7 @@ def candidate_row(candidate: Candidate, chosen: bool) -> tuple[str, ...]:
         interval(timing, "p50_ms", "low_ms", "high_ms", " ms") if measured else NOT_MEASURED,
         speedup(candidate.speedup) if measured else "",
         size(candidate.size_bytes),
+        memory(candidate.memory),
         score(candidate.score),
         drop(candidate.drop),
         f"{candidate.int8_macs:.1%}",
@@ -49,6 +50,24 @@ def size(size_bytes: int) -> str:
     if size_bytes < 1_000_000:
         return f"{size_bytes / 1e3:.1f} kB"
     return f"{size_bytes / 1e6:.2f} MB"
+
+
+def memory(facts: Mapping[str, Any]) -> str:
+    """Peak of the activations, and whether the budget allows it."""
+    if facts.get("bytes") is None:
+        return "unknown" if facts else ""
+    verdict = {True: ", fits", False: ", too much", None: ""}[facts["fits"]]
+    return f"{size(facts['bytes'])}{verdict}"
+
+
+def memory_sentence(name: str, facts: Mapping[str, Any]) -> str:
+    """Where the peak of a candidate is, and how it is known."""
+    if facts.get("bytes") is None:
+        return f"{name}: peak memory of activations {facts['how']}."
+    where = f" at {facts['operator']} ({facts['op_type']})" if facts.get("operator") else ""
+    shown = [f"{tensor} {size(number)}" for tensor, number in facts.get("tensors", ())]
+    tensors = f": {', '.join(shown)}" if shown else ""
+    return f"{name}: activations take {size(facts['bytes'])}{where}, {facts['how']}{tensors}."
 
 
 def score(value: Mapping[str, Any] | None) -> str:

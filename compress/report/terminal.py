@@ -16,6 +16,7 @@ from compress.report.table import (
     float_sites,
     gap,
     ladder_row,
+    memory_sentence,
     predicted_row,
     predicted_sentence,
     sensitivity_sentence,
@@ -47,6 +48,9 @@ def render(report: Report, console: Console) -> None:
         if candidate.fidelity is not None:
             text = f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."
             console.print(text, highlight=False, markup=False)
+    for candidate in report.candidates if report.budget.get("max_memory") else ():
+        text = memory_sentence(candidate.name, candidate.memory)
+        console.print(text, highlight=False, markup=False)
     _devices(report, console)
     _repair(report, console)
     _predicted(report, console)
