@@ -227,7 +227,9 @@ def region_costs(one: Lowered, screening: Screening, reference: bool) -> Placeme
     return profile_regions(one, wide, narrow, screening)
 
 
-def _finalists(screening: Screening, fits: Callable[[Engine], bool] | None) -> tuple[Variant, ...]:
+def _finalists(
+    screening: Screening, fits: Callable[[Engine], bool] | None = None
+) -> tuple[Variant, ...]:
     """The baseline, the fastest few, those that fit, and the fastest one without int8.
 
     Of each runtime, precision and pass one, and of other settings one beside it: what settings

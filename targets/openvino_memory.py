@@ -11,6 +11,7 @@ from compress.liveness import Program, Step
 
 _VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze"])
 _IN_PLACE = frozenset(["Eltwise", "FakeQuantize", "Softmax"])
+_ADDING = frozenset(["Convolution", "Deconvolution", "FullyConnected", "MatMul"])
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "i64": 64, "i32": 32, "u8": 8, "i8": 8, "boolean": 8}
 
 
@@ -45,7 +46,8 @@ def planned(ops: Sequence[Any], info: Callable[[Any, str], str]) -> Program | No
             inputs += writes
             continue
         views = {writes[0]: reads[0]} if layer in _VIEWS else {}
-        over = reads if layer in _IN_PLACE else ()
+        # What a multiplication adds to its result is written over by it.
+        over = reads if layer in _IN_PLACE else reads[1:] if layer in _ADDING else ()
         steps.append(Step(name, layer, reads, () if views else writes, over, views))
     held = frozenset(inputs)
     return Program(tuple(steps), sizes, tuple(inputs), tuple(dict.fromkeys(outputs)), held)
