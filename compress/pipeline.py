@@ -46,6 +46,7 @@ from compress.loading import load
 from compress.lowering import export, lower
 from compress.machine import fingerprint, this_machine, versions
 from compress.memory.advice import what_patches_reach
+from compress.memory.limit import fits_into
 from compress.metrics import Score
 from compress.model import Model, TensorSpec
 from compress.passes import Context
@@ -294,6 +295,7 @@ def run(
             seed=settings.seed,
             progress=progress,
             memory=_memory(exported, Recipe(passes, {}, alternatives), data, destination, workload),
+            fits=fits_into(limits.max_memory, workload.batch),
         )
     sites = graph_sites(exported.graph_model)
     scores: dict[str, Score] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from compress.mixed import (
 )
 from compress.model import Model
 from compress.progress import Progress
-from compress.target import FLOATS, Adjustable, Elsewhere, Target
+from compress.target import FLOATS, Adjustable, Elsewhere, Engine, Target
 from compress.trial import Trials
 from compress.variants import BASELINE, Screening, Variant, settings, uniform_variants
 from compress.workload import Workload
 
 FINALISTS = 3
+FITTING = 2
+"""Variants within a budget of another kind that are judged whatever their speed."""
 MARGIN = 0.02
 """What screening must promise before a variant other than the best is worth a final."""
 DEFAULT_SECONDS = 60.0
@@ -59,6 +62,7 @@ def search(
     seed: int,
     progress: Progress,
     memory: Path | None = None,
+    fits: Callable[[Engine], bool] | None = None,
 ) -> Searched:
     """Try the uniform variants, then mixed placements, then settings of the fastest.
 
@@ -70,6 +74,8 @@ def search(
         seed: of the order of measurements.
         progress: opens trackers.
         memory: file with the placements of an earlier search of the same model, data and machine.
+        fits: whether a budget that is not about speed allows an engine; the fastest that it allows
+            are judged whatever their speed.
     """
     start = time.monotonic()
     baseline, *variants = uniform_variants(original, lowered)
@@ -83,7 +89,7 @@ def search(
         if placing:
             placements = _place(lowered, screening, start + seconds, memory)
             _adjust(screening)
-        finalists = _refined(_finalists(screening), lowered, screening)
+        finalists = _refined(_finalists(screening, fits), lowered, screening)
     spent = time.monotonic() - start
     notes = tuple(found.note for found in placements.values() if found.note)
     can_place = placing and any(map(_can_place, lowered))
@@ -221,8 +227,10 @@ def region_costs(one: Lowered, screening: Screening, reference: bool) -> Placeme
     return profile_regions(one, wide, narrow, screening)
 
 
-def _finalists(screening: Screening) -> tuple[Variant, ...]:
-    """The baseline, the fastest few, and the fastest one without int8.
+def _finalists(
+    screening: Screening, fits: Callable[[Engine], bool] | None = None
+) -> tuple[Variant, ...]:
+    """The baseline, the fastest few, those that fit, and the fastest one without int8.
 
     Of each runtime, precision and pass one, and of other settings one beside it: what settings
     gain is often less than two sessions differ.
@@ -245,6 +253,9 @@ def _finalists(screening: Screening) -> tuple[Variant, ...]:
             seen.add(kind)
     # What was asked for by its format is judged whatever its speed.
     chosen += [n for n in ranked if screening.variants[n].buys != "speed" and n not in chosen]
+    if fits is not None:
+        fitting = (n for n in ranked if fits(screening.engines[n]))
+        chosen += [n for n in itertools.islice(fitting, FITTING) if n not in chosen]
     wide = [n for n in ranked if screening.variants[n].precision in FLOATS]
     if wide and wide[0] not in chosen and screening.speed(wide[0]) > 1 + MARGIN:
         chosen.append(wide[0])

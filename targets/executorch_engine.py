@@ -138,6 +138,19 @@ class ExecuTorchEngine:
         """Nothing: the Python runtime tells no times."""
         return ()
 
+    def memory_in_use(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        """The program's memory plan, inputs and outputs in it, and XNNPACK's workspace."""
+        from targets.executorch_memory import planned_bytes, workspace_bytes
+
+        first = [
+            np.asarray(inputs[spec.name])[:1]
+            if spec.dynamic_batch
+            else np.asarray(inputs[spec.name])
+            for spec in self.inputs
+        ]
+        workspace = workspace_bytes(self._program.data, first)
+        return planned_bytes(self._program.data) + workspace if workspace is not None else None
+
     def _batch(self, inputs: Mapping[str, np.ndarray]) -> int:
         """Samples in the inputs.
 

@@ -23,7 +23,8 @@ _ALIASES = frozenset([
 ])  # fmt: skip
 _IN_PLACE = frozenset([
     "Abs", "Add", "Cast", "Ceil", "Clip", "Div", "Elu", "Exp", "Floor", "HardSigmoid", "LeakyRelu",
-    "Log", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
+    "Log", "LogSoftmax", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softmax",
+    "Softplus", "Softsign",
     "Sqrt", "Sub", "Tanh", "ThresholdedRelu",
 ])  # fmt: skip
 """Kernels that are registered with MayInplace for every operand."""

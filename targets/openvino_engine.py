@@ -20,8 +20,10 @@ import onnx_ir as ir
 import openvino as ov
 
 from compress.errors import EngineError, OutputError
+from compress.liveness import Program
 from compress.model import BATCH, Arrays, TensorSpec
 from compress.target import Kernel, KernelTensors, KernelTime, TensorType
+from targets.heap import heap_in_use
 
 _MOST_STATIC_SIZES = 3
 """Batch sizes that get a compiled model of their own; further ones share a slower dynamic one."""
@@ -142,6 +144,31 @@ class OpenVinoEngine:
             for op in _executed(compiled.model)
             if op.get_friendly_name() in times
         )
+
+    def schedule(self, batch: int = 1) -> Program | None:
+        """The execution graph, one tensor for each output of its kernels."""
+        from targets.openvino_memory import planned
+
+        compiled = self._compiled.get(batch) or self._compile(batch)
+        ops = compiled.model.get_runtime_model().get_ordered_ops()
+        return planned(sorted(ops, key=lambda op: int(_info(op, "execOrder"))), _info)
+
+    def memory_in_use(self, inputs: Mapping[str, np.ndarray]) -> int | None:
+        """What a compiled model gives back when it is told to release its memory, and the inputs.
+
+        None where the C library does not count.
+        """
+        compiled, released = self._compile(self._batch(inputs)), []
+        for _ in range(2):
+            compiled.run(inputs)
+            before = heap_in_use()
+            compiled.model.release_memory()
+            after = heap_in_use()
+            if before is None or after is None:
+                return None
+            released.append(before - after)
+        # The first run may also give back what only the start needed.
+        return min(released) + sum(np.asarray(array).nbytes for array in inputs.values())
 
     def _batch(self, inputs: Mapping[str, np.ndarray]) -> int:
         """Size of the dynamic axis; 1 where there is none.

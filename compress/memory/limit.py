@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
@@ -87,6 +88,13 @@ def memory_facts(engine: Engine, batch: int = 1, limit: int | None = None) -> di
         facts["how"] = f"not known: {error}"
     fits = facts["bytes"] is not None and facts["bytes"] <= (limit or 0)
     return {**facts, "fits": fits if limit is not None else None}
+
+
+def fits_into(limit: int | None, batch: int) -> Callable[[Engine], bool] | None:
+    """A function that says whether an engine stays within a limit; None without one."""
+    if limit is None:
+        return None
+    return lambda engine: bool(memory_facts(engine, batch, limit)["fits"])
 
 
 def _counted(engine: Engine, batch: int) -> int | None:
