@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from compress.errors import UsageError
 from compress.target import TensorType
 
+
 class Peaks(Protocol):
     """What a machine can do at most: the part of `compress.estimate.peaks.Peaks` needed here."""
 

@@ -15,23 +15,25 @@ from compress.plots.style import (
     new_figure,
     number,
     plain,
+    short_names,
     shortened,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from matplotlib.axes import Axes
-
 MOST = 30
 """Sites with bars of their own; the rest is summed."""
+_INSERTED = 5
+"""Of them at least this many go to what runtimes insert."""
 _IDLE = ("move", "convert")
 _ORDER = ("float32", "bfloat16", "float16", "float8", "int8", "convert", "move", "inserted")
 _WORDS = {
     "convert": "conversion of numbers",
     "move": "move (layout or shape)",
-    "inserted": "inserted by the runtime",
+    "inserted": "of no site",
 }
 
 
@@ -95,7 +97,12 @@ def kernel_groups(
             previous = key if site else previous
     sites = [key for key in order if not key.startswith("\0")]
     found = [groups[key] for key in (*sites, *(k for k in order if k.startswith("\0")))]
-    by_size = sorted(range(len(found)), key=lambda index: -found[index].largest)
+    most += len(found) == most + 1  # a sum of one says less than its name
+    # What runtimes insert is few and often small, and to be seen.
+    first = range(len(sites), min(len(sites) + _INSERTED, len(found)))
+    by_size = sorted(
+        range(len(found)), key=lambda index: (index not in first, -found[index].largest)
+    )
     kept = set(by_size[:most])
     rest = Group("")
     for index in by_size[most:]:
@@ -106,12 +113,15 @@ def kernel_groups(
     return [group for index, group in enumerate(found) if index in kept], rest
 
 
-def kernels_figure(tables: Mapping[str, Mapping[str, Any]], name: str = "") -> Figure:
+def kernels_figure(
+    tables: Mapping[str, Mapping[str, Any]], name: str = "", untimed: Sequence[str] = ()
+) -> Figure:
     """Bars of each site's time, one for each variant, coloured by precision.
 
     Args:
         tables: by variant, `runtime` and the `rows` of `compress.kernel_rows.kernel_rows`.
         name: of the model.
+        untimed: variants that are missing because their runtime tells no times.
 
     Raises:
         UsageError: there are no kernels, or a time is no finite number from 0 on.
@@ -126,12 +136,13 @@ def kernels_figure(tables: Mapping[str, Mapping[str, Any]], name: str = "") -> F
         figure = new_figure(
             0.55 + lines * (thick * len(totals) + 0.07),
             _title(name, totals),
-            _remark(list(totals), groups),
+            _remark(list(totals), groups, untimed),
             legend=_legend(groups),
         )
         axes = figure.add_subplot()
         _bars(axes, groups, list(totals))
-        labels = [shortened(group.label) for group in groups]
+        names = short_names(group.label for group in groups)
+        labels = [names[group.label] for group in groups]
         if rest.label:
             labels.append(rest.label)
             sums = " / ".join(microseconds(rest.total(v)) for v in totals)
@@ -190,20 +201,23 @@ def _hatch(kind: str) -> str | None:
 def _title(name: str, totals: Mapping[str, float]) -> str:
     parts = [f"{shortened(v, 30)} {microseconds(us)}" for v, us in totals.items()]
     first, last = next(iter(totals.values())), list(totals.values())[-1]
-    ratio = f" ({plain(first / last)}x)" if len(totals) == 2 and first and last else ""  # noqa: PLR2004
+    ratio = f" ({plain(first / last)}x)" if len(totals) == 2 and first and last else ""
     prefix = f"{shortened(name, 40)}: t" if name else "T"
     return f"{prefix}ime by site, in all {' and '.join(parts)}{ratio}"
 
 
-def _remark(variants: Sequence[str], groups: Sequence[Group]) -> str:
-    remark = ""
+def _remark(variants: Sequence[str], groups: Sequence[Group], untimed: Sequence[str]) -> str:
+    names = " and ".join(shortened(variant, 30) for variant in untimed)
+    remark = f"The runtime of {names} tells no times of its kernels. " if untimed else ""
     if len(variants) > 1:
         places = " / ".join(shortened(variant, 30) for variant in variants)
-        remark = f"Bars of a site from top to bottom: {places}. "
+        remark += f"Bars of a site from top to bottom: {places}. "
         if any(set(group.times) != set(variants) for group in groups):
             remark += "No bar: the runtime computes it inside another kernel, or has no such one. "
     if any(group.label.startswith("(") for group in groups):
-        remark += "In brackets: operators that belong to no site of the model. "
+        remark += (
+            "In brackets: operators of no site, inserted by the runtime or nested in a branch. "
+        )
     return remark + "A profiler adds some time to every kernel; latency is measured without it."
 
 

@@ -6,9 +6,11 @@ import functools
 import io
 import logging
 import math
+import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +46,7 @@ INK, FAINT, PAPER = "#24292f", "#6e7781", "#ffffff"
 WIDTH = 8.0
 """Of every plot in inches of 100 CSS pixels; files have twice as many."""
 _CSS_DPI, _DENSITY = 100, 2
-_TITLE_LETTERS, _REMARK_LETTERS = 92, 158
+_TITLE_LETTERS, _REMARK_LETTERS = 104, 158
 """That fit into a line."""
 LONGEST = 38
 """Letters of a name; longer ones lose their middle."""
@@ -124,7 +126,7 @@ def new_figure(
         rect=(side, foot / total, 1 - 2 * side, height / total)  # type: ignore[call-arg]
     )
     figure.suptitle(
-        "\n".join(wrapped), x=side, y=1 - 0.09 / total, ha="left", va="top", fontsize=10.5,
+        "\n".join(wrapped), x=side, y=1 - 0.09 / total, ha="left", va="top", fontsize=10,
         in_layout=False,
     )  # fmt: skip
     for index, line in enumerate(lines):
@@ -219,6 +221,32 @@ def shortened(name: str, longest: int = LONGEST) -> str:
         return name
     half = (longest - 1) // 2
     return f"{name[: longest - 1 - half]}…{name[-half:]}"
+
+
+def short_names(names: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
+    """Names that can be drawn, by name: of long ones the parts go first that most others share.
+
+    `/model/encoder/encoder.0/conv/Conv` becomes `…/encoder.0/…` beside `encoder.1`, so that what
+    tells names apart stays. Names without parts lose their middle.
+    """
+    given = list(dict.fromkeys(names))
+    parts = {name: re.split(r"([./])", printable(name)) for name in given}
+    common = Counter(part for found in parts.values() for part in set(found[::2]))
+    return {name: _fitted(found, common, longest) for name, found in parts.items()}
+
+
+def _fitted(parts: Sequence[str], common: Mapping[str, int], longest: int) -> str:
+    """The name without its most common parts, the earlier ones first, until it fits."""
+    kept = list(parts)
+    places = sorted(range(0, len(parts), 2), key=lambda at: (-common[parts[at]], at))
+    for place in places[:-1]:
+        if len("".join(kept)) <= longest:
+            break
+        kept[place] = "…"
+        text = re.sub(r"…(?:[./]…)+", "…", "".join(kept))
+        if len(text) <= longest:
+            return text
+    return shortened("".join(parts), longest)
 
 
 def microseconds(value: float) -> str:
