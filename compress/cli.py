@@ -446,7 +446,7 @@ def plot(
     of the efficiency gap. Rows of your own are JSON: {"rows": [{"name": ..., "measured_ms": ...,
     "predicted_ms": ..., "source": ...}]}, or for the gap rows with family, name, accuracy, macs and
     latency_ms, beside the "peaks" that `compress profile --out` writes.
-    """
+    """  # noqa: D301 - the backspace is click's sign for lines that stay as they are
     from compress import plotting
 
     written = plotting.plot([first, *(others or [])], kinds=kinds or (), out=out)

@@ -16,6 +16,7 @@ from compress.kernel_peaks import read_peaks
 from compress.plots.source import KINDS, Source, draw_all
 from compress.report import Report
 from compress.report.plots import ENDING, gap_rows, plot_source
+from compress.waterline import Peaks
 
 _MOST_BYTES = 256 << 20
 _WHAT = (
@@ -129,7 +130,8 @@ def _several(paths: Sequence[Path]) -> Source:
             f"These artifacts were measured on {len(machines)} machines, whose latencies and "
             f"peaks do not belong into one plot. Plot those of one machine."
         )
-    peaks, rows = {}, []
+    peaks: dict[str, Peaks] = {}
+    rows: list[Any] = []
     for path, report in zip(paths, reports, strict=True):
         source = read_source(path)
         peaks |= source.peaks

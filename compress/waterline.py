@@ -1,4 +1,4 @@
-"""The waterline of a sequence of kernels: what its arithmetic and its bytes allow, and what it does.
+"""The waterline of a sequence of kernels: what its arithmetic and bytes allow, and what it does.
 
 A roofline for a sequence ("On the Efficiency of CNNs", arXiv 2404.03617). Kernel k with n_k
 multiply-accumulates and b_k bytes, on a machine with the peak rate R_k of its precision and the
@@ -13,6 +13,7 @@ may let a kernel be faster than it is said to attain.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -142,7 +143,7 @@ def waterline(rows: Sequence[Mapping[str, Any]], peaks: Peaks) -> Waterline:
 
 
 def fused_bytes(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes of consecutive kernels computed as one: what one writes and the next reads stays inside.
+    """Bytes of consecutive kernels computed as one, whose tensors in between stay inside.
 
     Args:
         rows: of `compress.kernel_rows.kernel_rows`, each kernel reading what the one before wrote.
@@ -153,7 +154,7 @@ def fused_bytes(rows: Sequence[Mapping[str, Any]]) -> int:
         At most the sum of their bytes.
     """
     moved = sum(_size(tensor) for row in rows for tensor in _tensors(row))
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         inputs = [_tensor(one) for one in after["inputs"]]
         for one in map(_tensor, before["outputs"]):
             if one in inputs:

@@ -11,10 +11,10 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import UsageError
-from compress.plots.labels import Label, along, place
+from compress.plots.labels import Label, along, figure_of, place
 from compress.plots.style import (
     FAINT,
     FAMILIES,
@@ -158,16 +158,14 @@ def _texts(
         text = f"{distance:.2f} ({plain(1 / point.efficiency)}×)"
         wanted.append(Label(text, middle, point.accuracy, 0.0))
     wanted += [Label(names[p.name], p.actual_ms, p.accuracy, 4.5) for p in points]
-    root = axes.get_figure(root=True)
-    assert root is not None
-    root.draw_without_rendering()
+    figure_of(axes).draw_without_rendering()
     place(axes, wanted, marks, taken=[box for line in lines for box in along(axes, line)])
 
 
 def _legend(inks: Mapping[str, str]) -> list[Artist]:
     from matplotlib.lines import Line2D
 
-    def sample(label: str, ink: str, style: str, fill: str) -> Line2D:
+    def sample(label: str, ink: str, style: Literal["-", "--"], fill: str) -> Line2D:
         return Line2D(
             [], [], color=ink, linestyle=style, marker="o", markersize=5.5, markerfacecolor=fill,
             label=label,

@@ -91,7 +91,8 @@ def kernel_groups(
             if key not in groups:
                 groups[key] = Group(site or f"({row['op_type']})")
                 # A site that only a later variant has comes after the one before it there.
-                order.insert(order.index(previous) + 1 if previous else len(order), key)
+                behind = order.index(previous) + 1 if site and previous else len(order)
+                order.insert(behind, key)
             inserted = not site and row["precision"] not in _IDLE
             groups[key].add(variant, "inserted" if inserted else row["precision"], us)
             previous = key if site else previous

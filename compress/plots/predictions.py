@@ -120,22 +120,9 @@ def predictions_figure(rows: Iterable[Mapping[str, Any]], title: str = "") -> Fi
             )  # fmt: skip
         axes.set_xlabel("measured latency, ms")
         axes.set_ylabel("predicted latency, ms")
-        axes.annotate(
-            "predicted slower than it is",
-            (0.01, 0.99),
-            xycoords="axes fraction",
-            va="top",
-            color=FAINT,
-            fontsize=7,
-        )
-        axes.annotate(
-            "predicted faster than it is",
-            (0.99, 0.01),
-            xycoords="axes fraction",
-            ha="right",
-            color=FAINT,
-            fontsize=7,
-        )
+        for word, x, y in (("slower", 0.01, 0.97), ("faster", 0.69, 0.01)):
+            text = f"predicted {word} than measured"
+            axes.annotate(text, (x, y), xycoords="axes fraction", color=FAINT, fontsize=7)
     return figure
 
 
@@ -182,9 +169,6 @@ def _legend(errors: Mapping[str, Errors]) -> list[Artist]:
 
 def _title(errors: Mapping[str, Errors]) -> str:
     best = min(errors, key=lambda source: errors[source].mape)
-    if len(errors) == 1:
-        return (
-            f"Predicted against measured latency: {shortened(best)}, MAPE {errors[best].mape:.1%}"
-        )
-    found = f"{shortened(best)} is nearest, MAPE {errors[best].mape:.1%}"
+    nearest = " is nearest" if len(errors) > 1 else ""
+    found = f"{shortened(best)}{nearest}, MAPE {errors[best].mape:.1%}"
     return f"Predicted against measured latency: {found}"

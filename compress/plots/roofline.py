@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
-from compress.plots.labels import Label, along, place
+from compress.plots.labels import Box, Label, along, figure_of, place
 from compress.plots.style import (
     INK,
     colour,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
-    from matplotlib.transforms import Bbox
 
 LABELLED = 9
 """Kernels of each variant whose names are tried, those with most time first."""
@@ -134,16 +133,21 @@ def _points(
 ) -> list[tuple[Point, float]]:
     """Draw the marks, large ones first so that small ones stay on top; each with its radius."""
     longest = max(point.bar.actual_us for point in points)
-    found = []
-    for point in sorted(points, key=lambda p: -p.bar.actual_us):
-        area = max(_SMALLEST, _LARGEST * point.bar.actual_us / longest)
+    ordered = sorted(points, key=lambda p: -p.bar.actual_us)
+    areas = [max(_SMALLEST, _LARGEST * p.bar.actual_us / longest) for p in ordered]
+    kinds = dict.fromkeys((p.variant, p.bar.precision) for p in ordered)
+    for variant, precision in kinds:
+        own = [
+            (p.intensity, p.bar.actual_gmacs, area)
+            for p, area in zip(ordered, areas, strict=True)
+            if (p.variant, p.bar.precision) == (variant, precision)
+        ]
+        x, y, sizes = zip(*own, strict=True)
         axes.scatter(
-            [point.intensity], [point.bar.actual_gmacs], s=area,
-            marker=_mark(variants.index(point.variant)), color=colour(point.bar.precision),
+            x, y, s=sizes, marker=_mark(variants.index(variant)), color=colour(precision),
             alpha=0.65, edgecolors=INK, linewidths=0.5, zorder=3,
         )  # fmt: skip
-        found.append((point, math.sqrt(area) / 2 * 100 / 72))
-    return found
+    return [(p, math.sqrt(a) / 2 * 100 / 72) for p, a in zip(ordered, areas, strict=True)]
 
 
 def _named(
@@ -168,7 +172,7 @@ def _draw_roofs(
     roofs: Mapping[tuple[str, str], float],
     bandwidth: float,
     marks: Sequence[Label],
-) -> list[Bbox]:
+) -> list[Box]:
     """The slope and the roofs with their words; what they cover."""
     left, right = axes.get_xlim()
     low, high = axes.get_ylim()
@@ -177,9 +181,7 @@ def _draw_roofs(
     lines = [[(start, start * bandwidth), (ridge, ridge * bandwidth)]]
     axes.plot(*zip(*lines[0], strict=True), color=INK, linewidth=1.1, zorder=2)
     several = len({runtime for runtime, _ in roofs}) > 1
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()
+    figure_of(axes).draw_without_rendering()
     frame = axes.get_window_extent()
     scale = frame.height / math.log(high / low)
     texts = []
@@ -203,7 +205,8 @@ def _draw_roofs(
     angle = math.degrees(math.atan2(scale, frame.width / math.log(right / left)))
     texts.append(_on_slope(axes, (start, ridge), bandwidth, angle, marks))
     covered = [box for line in lines for box in along(axes, line)]
-    return [*covered, *(text.get_window_extent() for text in texts)]
+    boxes = [text.get_window_extent() for text in texts]
+    return [*covered, *((box.x0, box.y0, box.x1, box.y1) for box in boxes)]
 
 
 def _on_slope(
@@ -226,9 +229,8 @@ def _on_slope(
         x = start * (ridge / start) ** part
         text.xy = (x, x * bandwidth)
         box = text.get_window_extent()
-        hidden = sum(
-            box.padded(m.radius).contains(*at) for m, at in zip(marks, places, strict=True)
-        )
+        near = zip(marks, places, strict=True)
+        hidden = sum(box.padded(mark.radius).contains(*at) for mark, at in near)
         if hidden < fewest:
             best, fewest = x, hidden
     text.xy = (best, best * bandwidth)
@@ -261,9 +263,8 @@ def _title(name: str, points: Sequence[Point], bandwidth: float) -> str:
     parts = []
     for variant in dict.fromkeys(point.variant for point in points):
         own = [point.bar for point in points if point.variant == variant]
-        starved = sum(
-            b.actual_us for b in own if b.peak_gmacs > b.macs / (b.bytes or 1) * bandwidth
-        )
+        below = [bar for bar in own if bar.macs / (bar.bytes or 1) * bandwidth < bar.peak_gmacs]
+        starved = sum(bar.actual_us for bar in below)
         share = starved / sum(b.actual_us for b in own)
         parts.append(f"{share:.0%} of {shortened(variant, 30)}")
     prefix = f"{shortened(name, 40)}: m" if name else "M"

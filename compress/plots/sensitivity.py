@@ -86,4 +86,4 @@ def _floor(values: Sequence[float]) -> float:
     """Left end of a logarithmic axis, with room for the smallest bar that it shows."""
     positive = [value for value in values if value > 0]
     lowest = max(min(positive), max(positive) / 10**_DECADES)
-    return lowest / (max(positive) / lowest) ** 0.1
+    return float(lowest / (max(positive) / lowest) ** 0.1)

@@ -71,9 +71,7 @@ def waterline_figure(
         panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
         for axes, (variant, own) in zip(panels, found.items(), strict=True):
             _panel(axes, variant, own, lines[variant])
-        panels[-1].set_xlabel(
-            "kernels in order of execution, as wide as their share of the multiply-accumulates"
-        )
+        panels[-1].set_xlabel("kernels in order of execution, as wide as their share of the MACs")
     return figure
 
 
@@ -104,11 +102,8 @@ def _panel(axes: Axes, variant: str, own: Sequence[Bar], line: Waterline) -> Non
     axes.set_xticks([at for at, _ in named], [text for _, text in named], rotation=90, fontsize=6)
     axes.tick_params(axis="x", length=2)
     axes.set_ylabel("GMAC/s")
-    macs = (
-        f"{plain(line.macs / 1e6)} M MACs"
-        if line.macs < _BILLION
-        else f"{plain(line.macs / 1e9)} G MACs"
-    )
+    size, unit = (1e6, "M") if line.macs < _BILLION else (1e9, "G")
+    macs = f"{plain(line.macs / size)} {unit} MACs"
     axes.set_title(f"{shortened(variant, 40)}: {macs} in {microseconds(line.actual_us)}")
     _lines(axes, line, far)
 
@@ -170,9 +165,7 @@ def _remark(lines: Mapping[str, Waterline]) -> str:
     )
     idle = [f"{one.without_macs:.0%} of {shortened(v, 30)}" for v, one in lines.items()]
     if any(one.without_macs >= 0.005 for one in lines.values()):
-        remark += (
-            f"Kernels without MACs have no width; attainable time in them: {', '.join(idle)}. "
-        )
+        remark += f"Kernels without MACs have no width; attainable time there: {', '.join(idle)}. "
     unknown = sum(one.unknown_bytes for one in lines.values())
     if unknown:
         remark += f"{unknown} kernels of unknown bytes count as limited by arithmetic alone. "
