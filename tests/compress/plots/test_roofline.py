@@ -73,6 +73,7 @@ def test_roofs_of_several_runtimes_are_named(tables: Tables, machine: Any) -> No
 
 def test_labels_cover_neither_each_other_nor_the_frame(many: Tables, machine: Any) -> None:
     figure = roofline_figure(many, {"onnxruntime": machine})
+    figure.draw_without_rendering()
     axes = figure.axes[0]
     frame = axes.get_window_extent()
     boxes = [Text.get_window_extent(one) for one in axes.texts if isinstance(one, Annotation)]

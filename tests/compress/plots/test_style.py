@@ -38,22 +38,29 @@ def source(tables: Tables, machine: Any) -> Source:
     )
 
 
-def test_every_kind_is_a_png_of_double_density(tables: Tables, machine: Any) -> None:
+@pytest.fixture(scope="module")
+def files(tables: Tables, machine: Any) -> dict[str, bytes]:
+    """Every plot of one source."""
     given_ = source(tables, machine)
     assert given_.kinds() == KINDS
     drawn = draw_all(given_)
     assert drawn.failures == {}
-    assert tuple(drawn.files) == KINDS
-    for kind, data in drawn.files.items():
+    return drawn.files
+
+
+def test_every_kind_is_a_png_of_double_density(files: dict[str, bytes]) -> None:
+    assert tuple(files) == KINDS
+    for kind, data in files.items():
         width, height = size(data)
         assert width == (1360 if kind == "predictions" else 1600)
         assert 200 < height < 4000
 
 
-def test_the_same_rows_give_the_same_bytes_without_a_date(tables: Tables, machine: Any) -> None:
-    first, again = (draw_all(source(tables, machine)).files for _ in range(2))
-    assert first == again
-    for data in first.values():
+def test_the_same_rows_give_the_same_bytes_without_a_date(
+    tables: Tables, machine: Any, files: dict[str, bytes]
+) -> None:
+    assert draw_all(source(tables, machine)).files == files
+    for data in files.values():
         for trace in (b"tEXt", b"iTXt", b"tIME", b"Matplotlib"):
             assert trace not in data
 
@@ -88,13 +95,12 @@ def test_a_failure_is_a_sentence(
 
 
 def test_nothing_global_is_changed(
-    tables: Tables, machine: Any, monkeypatch: pytest.MonkeyPatch
+    tables: Tables, machine: Any, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = draw_all(source(tables, machine)).files
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 30.0)
     monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "black")
     before = dict(matplotlib.rcParams)
-    assert draw_all(source(tables, machine)).files == plain
+    assert source(tables, machine).draw("gap") == files["gap"]
     assert dict(matplotlib.rcParams) == before
 
 
