@@ -135,7 +135,7 @@ def _several(paths: Sequence[Path]) -> Source:
     for path, report in zip(paths, reports, strict=True):
         source = read_source(path)
         peaks |= source.peaks
-        rows += gap_rows(report, across=True) if source.gap else []
+        rows += gap_rows(report, model=path.resolve().name) if source.gap else []
     units = {c.score["unit"] for r in reports for c in r.candidates if c.score is not None}
     return Source(gap=rows, peaks=peaks, unit=units.pop() if len(units) == 1 else "score")
 

@@ -96,8 +96,8 @@ def gap_figure(points: Sequence[GapPoint], unit: str = "top-1", title: str = "")
         figure = new_figure(
             _HEIGHT,
             title or _title(points),
-            "Ideal: the multiply-accumulates at the measured peak rate of their precision, without "
-            "any byte moved. Numbers at the lines: log10(1/C), the factor between the two.",
+            "Ideal: the multiply-accumulates at the peak rate of their precision, no byte moved. "
+            "At the lines: log10(1/C), and the factor between the two.",
             legend=_legend(inks),
         )
         axes = figure.add_subplot()

@@ -44,10 +44,12 @@ def plot_source(report: Report) -> Source:
     """
     peaks = read_peaks(report.peaks)
     chosen = report.chosen
+    plain = {_plain(name) for name in report.kernels}
+    names = {n: _plain(n) if len(plain) == len(report.kernels) else n for n in report.kernels}
     source = Source(
         name=report.model["name"],
-        tables=report.kernels,
-        untimed=(chosen,) if report.kernels and chosen not in report.kernels else (),
+        tables={names[name]: table for name, table in report.kernels.items()},
+        untimed=(_plain(chosen),) if report.kernels and chosen not in report.kernels else (),
         peaks=peaks,
     )
     if peaks and not report.devices:  # latencies of other devices have other peaks
@@ -59,14 +61,15 @@ def plot_source(report: Report) -> Source:
     return source
 
 
-def gap_rows(report: Report, *, across: bool = False) -> list[Mapping[str, Any]]:
+def gap_rows(report: Report, *, model: str | None = None) -> list[Mapping[str, Any]]:
     """Candidates whose accuracy and latency were measured here, as rows of the efficiency gap.
 
     Args:
         report: of a run.
-        across: rows are for a plot of several models: families are candidates and not the model.
+        model: names it among several, whose families are candidates; by default the model is the
+            family.
     """
-    model = str(report.model["name"])
+    family = str(report.model["name"])
     sites = sum(row["macs"] for row in report.sites)
     timed = max(
         (sum(row["macs"] for row in table["rows"]) for table in report.kernels.values()), default=0
@@ -75,8 +78,8 @@ def gap_rows(report: Report, *, across: bool = False) -> list[Mapping[str, Any]]
     macs = sites * max(1, round(timed / sites)) if sites else 0
     return [
         {
-            "family": one.name if across else model,
-            "name": model if across else one.name,
+            "family": _plain(one.name) if model is not None else family,
+            "name": model if model is not None else one.name,
             "accuracy": one.score["value"],
             "latency_ms": one.timing["p50_ms"],
             "macs": _by_precision(one, macs),
@@ -84,6 +87,11 @@ def gap_rows(report: Report, *, across: bool = False) -> list[Mapping[str, Any]]
         for one in report.candidates
         if macs and one.timing and one.score is not None and not one.score.get("where")
     ]
+
+
+def _plain(name: str) -> str:
+    """Name of a candidate without settings of its runtime: `openvino int8, pinned=False`."""
+    return name.partition(", ")[0]
 
 
 def _by_precision(candidate: Candidate, macs: int) -> dict[str, float]:

@@ -357,11 +357,24 @@ def test_rows_of_the_efficiency_gap() -> None:
         "macs": {"float32": 1000},
     }  # fmt: skip
     assert second["macs"] == {"int8": 750, "float32": 250}
-    assert [row["family"] for row in gap_rows(timed(), across=True)] == ["float32", "int8"]
+    several = gap_rows(timed(), model="small")
+    assert [(row["family"], row["name"]) for row in several] == [
+        ("float32", "small"), ("int8", "small"),
+    ]  # fmt: skip
     # Kernels that ran a batch of 8 samples multiplied 8 times as much.
     table = kernel_table("float32", 9.0)
     table["rows"] = [{**row, "macs": 8 * row["macs"]} for row in table["rows"]]
     assert gap_rows(timed(kernels={"float32": table}))[0]["macs"] == {"float32": 8000}
+
+
+def test_settings_of_the_runtime_stay_out_of_plots() -> None:
+    tables = timed().kernels
+    named = {"float32": tables["float32"], "openvino int8, pinned=False": tables["int8"]}
+    assert list(plot_source(timed(kernels=named)).tables) == ["float32", "openvino int8"]
+    alike = {f"int8, arena={value}": tables["int8"] for value in (True, False)}
+    assert list(plot_source(timed(kernels=alike)).tables) == list(alike)
+    silent = timed(kernels={"float32": tables["float32"]}, chosen="executorch int8, x=1")
+    assert plot_source(silent).untimed == ("executorch int8",)
 
 
 def test_latencies_of_other_devices_are_not_put_under_peaks_of_this_one() -> None:
