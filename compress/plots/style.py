@@ -178,13 +178,23 @@ def _legend_line(figure: Figure, line: Sequence[Artist], corner: tuple[float, fl
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file of double density; the same figure gives the same bytes."""
-    stream = io.BytesIO()
+    """The figure as a PNG file of double density; the same figure gives the same bytes.
+
+    With a palette of 255 colours it has a third of the size; flat colours stay what they are.
+    """
+    from PIL import Image
+
+    full, stream = io.BytesIO(), io.BytesIO()
     with drawing():
         figure.savefig(
-            stream, format="png", dpi=_CSS_DPI * _DENSITY, facecolor=PAPER,
-            metadata={"Software": None},
+            full, format="png", dpi=_CSS_DPI * _DENSITY, facecolor=PAPER,
+            pil_kwargs={"compress_level": 1},
         )  # fmt: skip
+    with Image.open(full) as image:
+        few = image.convert("RGB").quantize(
+            255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        )
+    few.save(stream, "PNG", optimize=True, dpi=(_CSS_DPI * _DENSITY,) * 2)
     return stream.getvalue()
 
 
