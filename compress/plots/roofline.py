@@ -107,9 +107,10 @@ def roofline_figure(
         )
         axes = figure.add_subplot()
         ridge = max(roofs.values()) / bandwidth
-        axes.set_xlim(*padded([*(p.intensity for p in points), ridge], 1.7))
+        # Some of the slope is always to be seen, with room for its words.
+        axes.set_xlim(*padded([*(p.intensity for p in points), ridge, ridge / 6], 1.7))
         rates = [p.bar.actual_gmacs for p in points]
-        low, _ = padded(rates, 1.8)
+        low, _ = padded([*rates, min(roofs.values()) / 3], 1.8)
         axes.set_ylim(low, max(*roofs.values(), *rates) * 1.6)
         log_axis(axes, "x")
         log_axis(axes, "y")
@@ -224,6 +225,7 @@ def _on_slope(
         textcoords="offset points", ha="center", va="bottom", fontsize=7, rotation=angle,
         rotation_mode="anchor", in_layout=False,
     )  # fmt: skip
+    frame = axes.get_window_extent()
     best, fewest = start, math.inf
     for part in (0.5, 0.35, 0.65, 0.25, 0.75, 0.15, 0.85):
         x = start * (ridge / start) ** part
@@ -231,6 +233,7 @@ def _on_slope(
         box = text.get_window_extent()
         near = zip(marks, places, strict=True)
         hidden = sum(box.padded(mark.radius).contains(*at) for mark, at in near)
+        hidden += len(marks) * (box.x0 < frame.x0 or box.y0 < frame.y0)
         if hidden < fewest:
             best, fewest = x, hidden
     text.xy = (best, best * bandwidth)

@@ -169,4 +169,7 @@ def _remark(lines: Mapping[str, Waterline]) -> str:
     unknown = sum(one.unknown_bytes for one in lines.values())
     if unknown:
         remark += f"{unknown} kernels of unknown bytes count as limited by arithmetic alone. "
-    return remark + "A kernel above its line finds its tensors in a cache."
+    return remark + (
+        "A kernel above its line finds its tensors in a cache, or multiplies less than is counted "
+        "(Winograd)."
+    )
