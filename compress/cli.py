@@ -421,7 +421,7 @@ def profile(
     "plot",
     "compress plot model-cpu",
     "compress plot model-cpu --kind roofline --kind waterline --out plots",
-    "compress profile model.onnx --out profile.json && compress plot profile.json",
+    "compress plot profile.json   # of `compress profile model.onnx --out profile.json`",
     "compress plot resnet8-cpu resnet20-cpu resnet56-cpu --kind gap --out plots",
     "compress plot predictions.json --kind predictions",
 )
