@@ -31,6 +31,7 @@ from compress.latency import Comparison
 from compress.machine import fingerprint, this_machine, versions
 from compress.metrics import Score
 from compress.report import Candidate, Report
+from compress.report.plots import add_plots
 from compress.simulated import Simulated
 from compress.target import DeviceTimed
 from compress.variants import Variant, settings
@@ -175,7 +176,7 @@ def _gap(one: Building, chosen: Built) -> Mapping[str, Any]:
 def write(one: Building, made: Report) -> Report:
     """The artifact with the engine in it, complete or not at all."""
     engine = one.engines[made.chosen]
-    stale = {artifact.REPORT, "report.md"}
+    stale = {artifact.REPORT, "report.md", *made.plots.values()}
     with artifact.writing(one.directory) as folder:
         for path in one.directory.iterdir():
             if path.is_file() and path.name not in stale:
@@ -184,7 +185,7 @@ def write(one: Building, made: Report) -> Report:
         artifact.check_reproduces(one.target.load(folder), engine, exact=False)
         names = dict.fromkeys((*_inputs(one), *written))
         hashes = {name: artifact.sha256_file(folder / name) for name in names}
-        made = dataclasses.replace(made, files=hashes)
+        made = add_plots(dataclasses.replace(made, files=hashes), folder)
         artifact.write_text(folder / "report.md", made.markdown())
         text = json.dumps(made.to_dict(), indent=1, allow_nan=False)
         artifact.write_text(folder / artifact.REPORT, text)

@@ -550,7 +550,8 @@ def profile(
     """Show where the time goes, kernel by kernel.
 
     Kernels are what the target made of the model after its own fusions. Where several runtimes
-    serve the target, they are shown side by side, layer by layer.
+    serve the target, they are shown side by side, layer by layer. The first time on a machine its
+    peak rates are measured too, some seconds, for the roofs of `compress plot`.
     """
     specs = _specs(inputs)
     from compress import profiling, render
@@ -563,6 +564,7 @@ def profile(
         inputs=specs,
         runs=runs,
         trust_pickle=trust_pickle,
+        progress=_progress(),
     )
     if out is None and not as_json:
         out = Path(f"{report.model}-{report.target}-profile.json")
@@ -573,6 +575,46 @@ def profile(
     else:
         render.profile(report)
         typer.echo(f"Written to {out}")
+
+
+@_command(
+    "plot",
+    "compress plot model-cpu",
+    "compress plot model-cpu --kind roofline --kind waterline --out plots",
+    "compress plot profile.json   # of `compress profile model.onnx --out profile.json`",
+    "compress plot resnet8-cpu resnet20-cpu resnet56-cpu --kind gap --out plots",
+    "compress plot predictions.json --kind predictions",
+)
+def plot(
+    first: options.Plotted,
+    others: options.PlottedToo = None,
+    kinds: options.PlotKinds = None,
+    out: options.PlotFolder = None,
+    as_json: options.Json = False,
+) -> None:
+    """Draw the plots of an artifact or of a profile again, as PNG.
+
+    \b
+    kernels      time by site, float and compressed side by side, coloured by precision
+    roofline     what each kernel reaches under the machine's peaks and bandwidth
+    waterline    attainable and actual rate of the kernels in order of execution
+    gap          accuracy over the latency that is and the one that the arithmetic allows
+    sensitivity  what each operator costs when it alone is quantized (run --sensitivity)
+    predictions  measured against predicted latency
+
+    Without --kind, all that there is something for. Several artifacts of one machine give one plot
+    of the efficiency gap. Rows of your own are JSON: {"rows": [{"name": ..., "measured_ms": ...,
+    "predicted_ms": ..., "source": ...}]}, or for the gap rows with family, name, accuracy, macs and
+    latency_ms, beside the "peaks" that `compress profile --out` writes.
+    """  # noqa: D301 - the backspace is click's sign for lines that stay as they are
+    from compress import plotting
+
+    written = plotting.plot([first, *(others or [])], kinds=kinds or (), out=out)
+    if as_json:
+        _print_json({"files": [str(path) for path in written]})
+    else:
+        for path in written:
+            typer.echo(f"Written to {path}")
 
 
 @_command("targets", "compress targets", "compress targets --devices", "compress targets --json")

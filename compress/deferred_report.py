@@ -40,6 +40,7 @@ from compress.loading import load
 from compress.machine import fingerprint, this_machine, versions
 from compress.reference import save_onnx
 from compress.report import Candidate, Report
+from compress.report.plots import add_plots
 from compress.simulated import WHERE
 from compress.target import Engine
 from compress.variants import BASELINE, Variant, settings
@@ -113,7 +114,7 @@ def write(
             artifact.write_text(folder / name, text)
             files.append(folder / name)
         hashes = {path.name: artifact.sha256_file(path) for path in files}
-        made = dataclasses.replace(made, files=hashes)
+        made = add_plots(dataclasses.replace(made, files=hashes), folder)
         artifact.write_text(folder / "report.md", made.markdown())
         text = json.dumps(made.to_dict(), indent=1, allow_nan=False)
         artifact.write_text(folder / artifact.REPORT, text)

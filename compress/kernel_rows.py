@@ -65,13 +65,19 @@ def _row(one: KernelTime, total_us: float, macs: int) -> Mapping[str, Any]:
 
 
 def kernel_tables(
-    built: Sequence[Built], inputs: Arrays, sites: Sequence[Site]
+    built: Sequence[Built], inputs: Arrays, sites: Sequence[Site], batch: int = 1
 ) -> dict[str, Mapping[str, Any]]:
     """For the report: by candidate, its runtime and the rows of its kernels on this machine.
 
     Candidates whose runtime tells no times are left out.
+
+    Args:
+        built: the candidates.
+        inputs: of one run.
+        sites: of the model, where a dynamic batch counts as one sample.
+        batch: samples in `inputs` where the model's batch is dynamic.
     """
-    macs = {site.name: site.macs for site in sites}
+    macs = {site.name: site.macs * batch for site in sites}
     tables: dict[str, Mapping[str, Any]] = {}
     for one in built:
         try:

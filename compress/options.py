@@ -296,3 +296,32 @@ StartingBudget = Annotated[
     Path | None,
     typer.Option("--budget", metavar="FILE", help="Also write limits from what was measured."),
 ]
+Plotted = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR|JSON",
+        help="An artifact directory, or what `compress profile --out` wrote.",
+        show_default=False,
+    ),
+]
+PlottedToo = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[DIR]...", help="More artifacts, with --kind gap.", show_default=False),
+]
+PlotKinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kind",
+        metavar="KIND",
+        help="kernels, roofline, waterline, gap, sensitivity or predictions. Repeatable.  "
+        "[default: all that there is something for]",
+    ),
+]
+PlotFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Folder of the PNG files.  [default: the artifact, or beside the JSON]",
+    ),
+]

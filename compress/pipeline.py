@@ -41,6 +41,7 @@ from compress.facts import (
 )
 from compress.gap import simulation_gap
 from compress.graph import graph_sha256, graph_sites
+from compress.kernel_peaks import kernel_peaks, waterlines
 from compress.kernel_rows import kernel_tables
 from compress.loading import load
 from compress.lowering import export, lower
@@ -56,6 +57,7 @@ from compress.registry import require_target
 from compress.remote import Device, check_reachable, sheet_and_devices
 from compress.repair import measure_sensitivity, repair
 from compress.report import Report
+from compress.report.plots import add_plots
 from compress.search import search
 from compress.settings import NAMES as SETTING_NAMES
 from compress.settings import (
@@ -342,7 +344,9 @@ def run(
         passes = climbed.passes
     with clock.phase("profile"):
         shown = {one.candidate.name: one for one in (measured.all[0], chosen)}
-        kernels = kernel_tables(list(shown.values()), workload.inputs, sites)
+        kernels = kernel_tables(list(shown.values()), workload.inputs, sites, settings.batch)
+        timed = (table["runtime"] for table in kernels.values())
+        peaks, unmeasured = kernel_peaks(timed, settings.threads, progress)
     rows = site_rows_of(sites, measured, decision.chosen)
     gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(
@@ -367,6 +371,9 @@ def run(
         predicted=predicted_facts(sheet, sites, rows) if sheet is not None else {},
         devices=tuple(one.to_dict() for one in measured.devices),
         kernels=kernels,
+        peaks={name: one.to_dict() for name, one in peaks.items()},
+        waterlines=waterlines(kernels, peaks),
+        unplotted=unmeasured,
         latency=measured.latency,
         command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -448,10 +455,10 @@ def _write(report: Report, chosen: Built, recipe: str, directory: Path, clock: _
         files.append(folder / "recipe.yaml")
         artifact.check_reproduces(target.load(folder), chosen.engine)
         hashes = {path.name: artifact.sha256_file(path) for path in files}
+        with clock.phase("plot"):
+            report = add_plots(report, folder)
         report = dataclasses.replace(report, files=hashes, seconds=dict(clock.seconds))
         artifact.write_text(folder / "report.md", report.markdown())
-        for name, text_of_plot in report.plots().items():
-            artifact.write_text(folder / name, text_of_plot)
         text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
         artifact.write_text(folder / artifact.REPORT, text)
     return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from compress import artifact
 from compress.errors import UnsupportedError
 from compress.export import to_onnx
 from compress.graph import graph_sites
+from compress.kernel_peaks import kernel_peaks
 from compress.kernel_rows import kernel_rows
 from compress.loading import load
 from compress.model import TensorSpec, random_inputs
+from compress.progress import Progress, silent
 from compress.registry import create_target, require_target
 from compress.target import Engine, KernelTime, Target, runtimes
 
@@ -33,6 +35,8 @@ class ProfileReport:
         rows: runtime, and what `compress.kernel_rows.kernel_rows` gives for it.
         layers: where there are several runtimes, one row per site: site, op_type, macs, and by
             runtime `p50_us` and `precision`; what no site executes is called "".
+        peaks: by runtime, fields of `compress.estimate.peaks.Peaks`, where they could be measured;
+            `compress plot` draws roofs with them.
     """
 
     model: str
@@ -40,6 +44,7 @@ class ProfileReport:
     threads: int | str
     rows: tuple[Mapping[str, Any], ...]
     layers: tuple[Mapping[str, Any], ...] = ()
+    peaks: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -55,6 +60,7 @@ def profile(
     inputs: Sequence[str | TensorSpec] = (),
     runs: int = 20,
     trust_pickle: bool = False,
+    progress: Progress = silent,
 ) -> ProfileReport:
     """Time per kernel after the runtime's own fusions, in order of execution.
 
@@ -93,7 +99,15 @@ def profile(
         for row in kernel_rows(found, macs)
     ]
     layers = _layers(times, types, macs) if len(times) > 1 else ()
-    return ProfileReport(name, destination.name, threads or "all", tuple(rows), layers)
+    peaks, _ = kernel_peaks(times, threads, progress)
+    return ProfileReport(
+        name,
+        destination.name,
+        threads or "all",
+        tuple(rows),
+        layers,
+        {runtime: one.to_dict() for runtime, one in peaks.items()},
+    )
 
 
 def _profilers(target: Target) -> list[Target]:

@@ -442,21 +442,24 @@ def _kernel(op: Any, sites: _Sites) -> Kernel:
     )
 
 
-def _tensors(op: Any) -> KernelTensors:
+def _tensors(op: Any) -> KernelTensors | None:
+    """What a kernel moves; None where the plug-in does not tell a type ("dynamic")."""
     reads: list[TensorType] = []
     weights: list[TensorType] = []
     stored = _DTYPES.get(_info(op, "runtimePrecision"), "")
     for port in op.inputs():
-        found = _tensor_type(port)
+        one = _tensor_type(port)
         constant = _info(port.get_source_output().get_node(), "layerType") == "Const"
         # A bias may have been converted on its way.
-        if not constant and len(found.shape) != 1:
-            reads.append(found)
+        if not constant and len(one.shape) != 1:
+            reads.append(one)
         else:
             # The execution graph shows constants as they were before the kernel packed them.
-            narrowed = stored and found.dtype == "float32"
-            weights.append(TensorType(found.shape, stored) if narrowed else found)
-    return KernelTensors(tuple(reads), tuple(weights), tuple(map(_tensor_type, op.outputs())))
+            narrowed = stored and one.dtype == "float32"
+            weights.append(TensorType(one.shape, stored) if narrowed else one)
+    found = KernelTensors(tuple(reads), tuple(weights), tuple(map(_tensor_type, op.outputs())))
+    types = {one.dtype for one in (*found.inputs, *found.weights, *found.outputs)}
+    return found if _UNTOLD.isdisjoint(types) else None
 
 
 def _tensor_type(port: Any) -> TensorType:
@@ -465,6 +468,7 @@ def _tensor_type(port: Any) -> TensorType:
     return TensorType(tuple(shape), _DTYPES.get(name, name))
 
 
+_UNTOLD = frozenset({"dynamic", "undefined"})
 _DTYPES = {
     "f32": "float32",
     "f16": "float16",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,14 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 """The same examples each time, so that a failure is the change's; `explore` looks for new ones."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_peaks() -> Iterator[None]:
+    """Peaks are measured for real and shortly: most tests begin with an empty cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.kernel_peaks.SECONDS", 0.1)
+        yield
 
 
 @dataclass(frozen=True)

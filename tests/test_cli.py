@@ -19,7 +19,7 @@ from compress.exits import NOT_MET, STOPPED, UNEXPECTED, USAGE, explain
 from compress.render import count, size
 
 COMMANDS = (
-    *("run", "build", "inspect", "bench", "compare", "check", "baseline", "profile"),
+    *("run", "build", "inspect", "bench", "compare", "check", "baseline", "profile", "plot"),
     *("targets", "passes", "doctor"),
 )
 Cli = Callable[..., Any]

@@ -112,7 +112,9 @@ def test_an_artifact_for_openvino_holds_its_files(pinned: RunResult) -> None:
     names = {path.name for path in pinned.directory.iterdir()}
     assert {"model.xml", "model.bin", "recipe.yaml", "report.json", "report.md"} <= names
     assert "model.onnx" not in names
-    assert set(pinned.report.files) == names - {"report.json", "report.md"}
+    drawn = set(pinned.report.plots.values())
+    assert {"kernels.png", "roofline.png", "waterline.png"} <= drawn
+    assert set(pinned.report.files) == names - {"report.json", "report.md"} - drawn
     for name, digest in pinned.report.files.items():
         assert sha256_file(pinned.directory / name) == digest
 

@@ -69,7 +69,7 @@ class Report:
         gap: how the artifact in its runtime compares with the simulation of its plan: samples,
             top1_agreement, sqnr_db; empty where there is none.
         sensitivity: what quantizing one operator alone costs: one row per operator and format, with
-            name, format and metrics by name, the one that decides first; `plots` draws them.
+            name, format and metrics by name, the one that decides first.
         predicted: where a device sheet was named: the sheet, and rows of
             `compress.roofline.Prediction`; nothing of it is measured.
         devices: where candidates were measured on other machines: this one first, then one row
@@ -77,6 +77,10 @@ class Report:
             latencies of the device that `latency` names.
         kernels: of the original and of the artifact, by candidate: `runtime`, and `rows` as
             `compress.kernel_rows` makes them; profiled on this machine.
+        peaks: by runtime of those kernels, fields of `compress.estimate.peaks.Peaks`.
+        waterlines: by candidate, fields of `compress.waterline.Waterline`.
+        plots: by kind, the file beside `report.md`.
+        unplotted: by kind or runtime, a sentence about what could not be drawn or measured for it.
         latency: how the timing was made.
         calibration: where ranges come from, and the hash of the data.
         evaluation: what was scored, and the hash of the data.
@@ -121,6 +125,10 @@ class Report:
     predicted: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[Mapping[str, Any], ...] = ()
     kernels: Mapping[str, Any] = field(default_factory=dict)
+    peaks: Mapping[str, Any] = field(default_factory=dict)
+    waterlines: Mapping[str, Any] = field(default_factory=dict)
+    plots: Mapping[str, str] = field(default_factory=dict)
+    unplotted: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def candidate(self, name: str) -> Candidate:
@@ -146,9 +154,3 @@ class Report:
         from compress.report.markdown import markdown
 
         return markdown(self)
-
-    def plots(self) -> dict[str, str]:
-        """Files that belong beside `report.md`, by name: the SVGs that it shows."""
-        from compress.report.plots import plots
-
-        return plots(self)

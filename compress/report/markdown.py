@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.report import Candidate, Report
-from compress.report.plots import SENSITIVITY
 from compress.report.table import (
     COLUMNS,
     DEVICES,
     LADDER,
     PREDICTED,
     TRIED,
+    WATERLINE,
+    WATERLINES,
     candidate_row,
     device_rows,
     fidelity,
@@ -26,6 +27,7 @@ from compress.report.table import (
     sensitivity_sentence,
     sensitivity_table,
     tried_row,
+    waterline_row,
 )
 
 _REGIONS = (
@@ -47,6 +49,7 @@ def markdown(report: Report) -> str:
             lines += ["", f"{candidate.name} against the original: {fidelity(candidate.fidelity)}."]
     peaks = [memory_sentence(c.name, c.memory) for c in report.candidates if c.memory]
     lines += ["", *(f"- {sentence}" for sentence in peaks)] if peaks else []
+    lines += _image(report, "gap")
     if report.gap:
         lines += ["", gap(report.gap)]
     if report.ladder:
@@ -70,11 +73,11 @@ def markdown(report: Report) -> str:
         columns, cells = region_table(report)
         lines += ["", f"## Regions ({report.target['name']})", ""]
         lines += [_REGIONS, "", *table(columns, cells)]
+    lines += _kernels(report)
     if report.sensitivity:
         columns, cells = sensitivity_table(report)
         lines += ["", "## Sensitivity", "", sensitivity_sentence(report), ""]
-        lines += [*table(columns, cells), ""]
-        lines += [f"![{SENSITIVITY}]({SENSITIVITY}.svg)"]
+        lines += [*table(columns, cells), *_image(report, "sensitivity")]
     lines += ["", "## Sites", ""]
     lines += _sites(report)
     lines += ["", "## Steps", ""]
@@ -112,6 +115,22 @@ def _prepared(prepared: Mapping[str, Any]) -> list[str]:
         "",
         *table(COLUMNS, rows),
     ]
+
+
+def _kernels(report: Report) -> list[str]:
+    """Where the time goes: waterlines as a table, and the plots."""
+    lines: list[str] = []
+    if report.waterlines:
+        rows = [waterline_row(name, one) for name, one in report.waterlines.items()]
+        lines += ["", WATERLINES, "", *table(WATERLINE, rows)]
+    for kind in ("kernels", "roofline", "waterline"):
+        lines += _image(report, kind)
+    lines += [line for text in report.unplotted.values() for line in ("", text)]
+    return ["", "## Where the time goes", *lines] if lines else []
+
+
+def _image(report: Report, kind: str) -> list[str]:
+    return ["", f"![{kind}]({report.plots[kind]})"] if kind in report.plots else []
 
 
 def _latency(report: Report) -> str:

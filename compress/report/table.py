@@ -281,3 +281,22 @@ def predicted_sentence(predicted: Mapping[str, Any]) -> str:
     if doubtful:
         sentence += f" {len(doubtful)} of the sheet's {len(facts)} facts are unverified."
     return sentence
+
+
+WATERLINES = (
+    "R: peak rate of the precisions in use. Waterline: the rate if every kernel took max(MACs / "
+    "peak, bytes / bandwidth). Peaks were measured on this machine, times under the runtime's "
+    "profiler."
+)
+WATERLINE = ("", "R", "waterline", "actual", "efficiency (actual / R)", "limited by memory")
+
+
+def waterline_row(name: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line of the table of waterlines."""
+    rates = (values[f"{key}_gmacs"] for key in ("peak", "waterline", "actual"))
+    return (
+        name,
+        *(f"{rate:.3g} GMAC/s" for rate in rates),
+        f"{values['efficiency']:.0%}",
+        f"{values['memory_bound']:.0%}",
+    )

@@ -30,6 +30,7 @@ from compress.rungs import RUNGS
 
 FAST: dict[str, Any] = {"target": "onnxruntime", "threads": 1, "search_seconds": 0, "seconds": 0.5}
 INT8 = "onnxruntime int8"
+KERNEL_PLOTS = ("kernels", "roofline", "waterline", "gap")
 SHAPE = (32, 16, 16)
 WIDE = "<pads=[1,1,1,1]>"
 BODY = f"""[a] c = Conv{WIDE}(x, w) [r] d = Relu(c) [b] e = Conv{WIDE}(d, w2) [s] f = Relu(e)
@@ -91,7 +92,10 @@ def done(files: Files, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 def test_an_artifact_holds_what_it_promises(done: RunResult) -> None:
     assert done.met
     names = {path.name for path in done.directory.iterdir()}
-    assert names == {"model.onnx", "plan.json", "recipe.yaml", "report.json", "report.md"}
+    files = {"model.onnx", "plan.json", "recipe.yaml", "report.json", "report.md"}
+    assert names == files | {f"{kind}.png" for kind in KERNEL_PLOTS}
+    assert set(done.report.plots) == set(KERNEL_PLOTS)
+    assert set(done.report.files) == files - {"report.json", "report.md"}
     assert {path.name for path in done.directory.parent.iterdir()} == {"artifact"}
 
 
@@ -394,6 +398,37 @@ def test_formats_that_are_simulated_are_judged_by_their_numbers(
     assert np.linalg.norm(got - expected) < 0.2 * np.linalg.norm(expected)
 
 
+@needs_fast_int8
+def test_the_report_says_how_much_of_the_machine_is_used(done: RunResult) -> None:
+    report = done.report
+    assert set(report.waterlines) == set(report.kernels) == {"float32", report.chosen}
+    for one in report.waterlines.values():
+        assert 0 < one["waterline_gmacs"] <= one["peak_gmacs"] * (1 + 1e-9)
+        assert one["efficiency"] == pytest.approx(one["actual_gmacs"] / one["peak_gmacs"])
+    peaks = report.peaks["onnxruntime"]
+    assert peaks["threads"] == 1
+    assert peaks["gmacs_per_second"]["float32"] > 0
+    assert "## Where the time goes" in report.markdown()
+
+
+def test_a_plot_that_fails_costs_no_run(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    monkeypatch.setattr("compress.kernel_peaks.cached_peaks", fail)
+    out = tmp_path / "out"
+    result = compress.run(files.model, calibration=files.x, out=out, **FAST)
+    text = (out / "report.md").read_text()
+    assert "The plot of kernels could not be drawn: no font" in text
+    assert "The peaks of onnxruntime could not be measured: no font" in text
+    assert result.report.plots == result.report.waterlines == {}
+    assert not list(out.glob("*.png"))
+    assert compress.artifact.load(out)({"x": files.x[:1]})["y"].shape == (1, 10)
+
+
 def test_four_bits_buy_size(files: Files, tmp_path: Path) -> None:
     result = compress.run(files.model, bits=4, out=tmp_path / "out", **FAST)
     report = result.report
@@ -418,8 +453,8 @@ def test_sensitivity_is_measured_on_request(files: Files, tmp_path: Path) -> Non
     assert {row["format"] for row in rows} == {"8"}
     assert {row["name"] for row in rows} <= {row["name"] for row in result.report.sites}
     assert all(row["metrics"]["mse"] >= 0 for row in rows)
-    assert (out / "sensitivity.svg").read_text().startswith("<svg")
-    assert "sensitivity.svg" in (out / "report.md").read_text()
+    assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert "sensitivity.png" in (out / "report.md").read_text()
 
 
 def test_training_data_are_used_where_nothing_cheaper_helps(

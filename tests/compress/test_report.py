@@ -2,20 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 
+from compress.kernel_peaks import read_peaks, waterlines
 from compress.report import SCHEMA_VERSION, Candidate, Report
 from compress.report.markdown import table
-from compress.report.plots import bar_chart_svg
+from compress.report.plots import add_plots, gap_rows, plot_source
 from compress.report.table import drop, fidelity, float_sites, interval, score, size, speedup
 from compress.report.terminal import render
 
@@ -269,11 +267,7 @@ def test_markdown_shows_the_ten_most_sensitive_operators() -> None:
         "| op3 | 0.03 | 30 |",
         "| op11 | 0.012 | 12 |",
     ]
-    assert lines[start + 15 : start + 18] == [
-        "| op2 | 0.003 | 3 |",
-        "",
-        "![sensitivity](sensitivity.svg)",
-    ]
+    assert lines[start + 15] == "| op2 | 0.003 | 3 |"
 
 
 def test_sensitivities_in_decibels_are_ranked_by_their_error() -> None:
@@ -295,71 +289,105 @@ def test_the_terminal_shows_the_most_sensitive_operators() -> None:
     assert "Sensitivity" not in stream.getvalue()
 
 
-SVG = "{http://www.w3.org/2000/svg}"
+def kernel_table(precision: str, us: float) -> dict[str, Any]:
+    rows = [
+        {
+            "kernel": name, "op_type": "Conv", "precision": precision, "site": name, "backend": "",
+            "fused": "", "p50_us": us, "share": 0.5, "macs": 500, "gmacs_per_second": 0.0,
+            "bytes": 100, "inputs": [], "weights": [], "outputs": [],
+        }
+        for name in ("a", "b")
+    ]  # fmt: skip
+    return {"runtime": "onnxruntime", "rows": rows}
 
 
-def bars(svg: str) -> list[float]:
-    return [float(bar.attrib["width"]) for bar in ElementTree.fromstring(svg).iter(f"{SVG}rect")]
+PEAKS = {
+    "gmacs_per_second": {"float32": 100.0, "int8": 400.0},
+    "bandwidth_gb_s": 10.0,
+    "threads": 1,
+    "source": "measured",
+    "place": {
+        "fingerprint": "f", "cpu": "A CPU", "target": "onnxruntime", "options": "{}", "threads": 1,
+        "versions": {},
+    },
+}  # fmt: skip
 
 
-def texts(svg: str) -> list[str]:
-    return [text.text or "" for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+def timed(**changes: Any) -> Report:
+    """A report with kernels and peaks."""
+    first, second = report().candidates
+    first = dataclasses.replace(first, score={"value": 0.92, "unit": "top-1", "n": 100})
+    tables = {"float32": kernel_table("float32", 9.0), "int8": kernel_table("int8", 4.0)}
+    values: dict[str, Any] = {
+        "kernels": tables,
+        "peaks": {"onnxruntime": PEAKS},
+        "waterlines": waterlines(tables, read_peaks({"onnxruntime": PEAKS})),
+        "candidates": (first, second),
+        "sensitivity": sensitivity(),
+    }
+    return report(**{**values, **changes})
 
 
-def test_a_report_has_a_plot_of_the_format_that_costs_most() -> None:
-    assert report().plots() == {}
-    plots = report(sensitivity=sensitivity()).plots()
-    assert list(plots) == ["sensitivity.svg"]
-    svg = plots["sensitivity.svg"]
-    words = texts(svg)
-    assert words[0] == "Sensitivity to int4, one operator at a time: kl"
-    assert words[1:5] == ["op3", "30 nats", "op11", "12 nats"]
-    assert len(bars(svg)) == 12
+def test_plots_lie_beside_the_report_that_shows_them(tmp_path: Path) -> None:
+    assert add_plots(report(), tmp_path) == report()
+    assert list(tmp_path.iterdir()) == []
+    made = add_plots(timed(), tmp_path)
+    kinds = ["kernels", "roofline", "waterline", "gap", "sensitivity"]
+    assert made.plots == {kind: f"{kind}.png" for kind in kinds}
+    assert made.unplotted == {}
+    assert {path.name for path in tmp_path.iterdir()} == set(made.plots.values())
+    text = made.markdown()
+    assert all(f"![{kind}]({kind}.png)" in text for kind in kinds)
+    assert "| float32 | 100 GMAC/s | 50 GMAC/s | 0.0556 GMAC/s | 0% | 100% |" in text
+    assert Report.from_dict(json.loads(json.dumps(made.to_dict()))).plots == made.plots
 
 
-def test_a_plot_of_many_operators_shows_the_most_sensitive() -> None:
-    words = texts(report(sensitivity=sensitivity(90)).plots()["sensitivity.svg"])
-    assert len(words) == 1 + 2 * 60
-    assert "op89" in words
-    assert "op20" not in words
+def test_the_plot_of_sensitivities_shows_the_format_that_costs_most() -> None:
+    source = plot_source(report(sensitivity=sensitivity()))
+    assert source.sensitivity_words == ("int4", "kl", "nats")
+    assert source.sensitivity[:2] == [("op3", 30.0), ("op11", 12.0)]
+    numbers = tuple({**row, "format": row["format"][3:]} for row in sensitivity())
+    assert plot_source(report(sensitivity=numbers)).sensitivity_words[0] == "4 bits"
 
 
-def test_a_steep_plot_is_logarithmic() -> None:
-    steep = tuple(
-        {**row, "metrics": {"kl": 10.0 ** -int(row["name"][2:])}} for row in sensitivity(7)
-    )
-    svg = report(sensitivity=steep).plots()["sensitivity.svg"]
-    assert "(logarithmic)" in texts(svg)[0]
-    lengths = bars(svg)
-    steps = [a - b for a, b in itertools.pairwise(lengths)]
-    assert steps == pytest.approx([steps[0]] * 6, abs=0.2)
-    assert min(steps) > 0
-    assert lengths[-1] == pytest.approx(lengths[0] / 10, abs=0.2)
+def test_rows_of_the_efficiency_gap() -> None:
+    first, second = gap_rows(timed())
+    assert first == {
+        "family": "net", "name": "float32", "accuracy": 0.92, "latency_ms": 1.834,
+        "macs": {"float32": 1000},
+    }  # fmt: skip
+    assert second["macs"] == {"int8": 750, "float32": 250}
+    several = gap_rows(timed(), model="small")
+    assert [(row["family"], row["name"]) for row in several] == [
+        ("float32", "small"), ("int8", "small"),
+    ]  # fmt: skip
+    # Kernels that ran a batch of 8 samples multiplied 8 times as much.
+    table = kernel_table("float32", 9.0)
+    table["rows"] = [{**row, "macs": 8 * row["macs"]} for row in table["rows"]]
+    assert gap_rows(timed(kernels={"float32": table}))[0]["macs"] == {"float32": 8000}
 
 
-@pytest.mark.parametrize("log", [False, True])
-@given(
-    st.lists(st.tuples(st.text(max_size=60), st.floats(-1e6, 1e6)), max_size=12),
-    st.text(max_size=5),
-)
-@settings(max_examples=60)
-def test_bars_are_as_long_as_their_values_are_large(
-    log: bool, rows: list[tuple[str, float]], unit: str
-) -> None:
-    svg = bar_chart_svg("<A & B>", rows, unit, log=log)
-    lengths = bars(svg)
-    assert len(lengths) == len(rows)
-    assert lengths == sorted(lengths, reverse=True)
-    assert all(0 <= length <= 700 for length in lengths)
-    assert texts(svg)[0].startswith("<A & B>")
-    values = sorted((value for _, value in rows), reverse=True)
-    for value, length in zip(values, lengths, strict=True):
-        assert (length > 0) <= (value > 0)
-        if not log and value > 0:
-            assert length == pytest.approx(value / values[0] * lengths[0], abs=0.1)
+def test_settings_of_the_runtime_stay_out_of_plots() -> None:
+    tables = timed().kernels
+    named = {"float32": tables["float32"], "openvino int8, pinned=False": tables["int8"]}
+    assert list(plot_source(timed(kernels=named)).tables) == ["float32", "openvino int8"]
+    alike = {f"int8, arena={value}": tables["int8"] for value in (True, False)}
+    assert list(plot_source(timed(kernels=alike)).tables) == list(alike)
+    silent = timed(kernels={"float32": tables["float32"]}, chosen="executorch int8, x=1")
+    assert plot_source(silent).untimed == ("executorch int8",)
 
 
-def test_long_labels_lose_their_middle() -> None:
-    svg = bar_chart_svg("title", [("a" * 50 + "\x00" + "b" * 50, 1.0)], "")
-    assert texts(svg)[1] == "a" * 21 + "…" + "b" * 21
-    assert texts(bar_chart_svg("title", [("a\x00b", 1.0)], ""))[1] == "a?b"
+def test_latencies_of_other_devices_are_not_put_under_peaks_of_this_one() -> None:
+    assert "gap" in plot_source(timed()).kinds()
+    assert "gap" not in plot_source(timed(devices=({"device": "phone"},))).kinds()
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    table = kernel_table("float32", math.nan)
+    made = add_plots(timed(kernels={"float32": table}), tmp_path)
+    assert "kernels" not in made.plots
+    assert "sensitivity" in made.plots
+    assert "The plot of kernels could not be drawn: p50_us of kernel a is nan" in made.markdown()
+    made = add_plots(timed(peaks={"onnxruntime": {}}), tmp_path)
+    assert made.plots == {}
+    assert "The plots could not be drawn: 'gmacs_per_second'" in made.markdown()
