@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from compress.explaining.explain import explain
+    from compress.explaining.explanation import Explanation
     from compress.latency import measure
     from compress.model import Model, TensorSpec
     from compress.passes import Context, Pass
@@ -55,6 +57,7 @@ _HOME = {
     "DeviceError": "compress.errors",
     "Engine": "compress.target",
     "EngineError": "compress.errors",
+    "Explanation": "compress.explaining.explanation",
     "ExportError": "compress.errors",
     "LoadError": "compress.errors",
     "MissingExtraError": "compress.errors",
@@ -71,6 +74,7 @@ _HOME = {
     "UsageError": "compress.errors",
     "build": "compress.building",
     "compare": "compress.side_by_side",
+    "explain": "compress.explaining.explain",
     "load": "compress.artifact",
     "measure": "compress.latency",
     "run": "compress.pipeline",
@@ -86,6 +90,7 @@ __all__ = [
     "DeviceError",
     "Engine",
     "EngineError",
+    "Explanation",
     "ExportError",
     "LoadError",
     "MissingExtraError",
@@ -103,6 +108,7 @@ __all__ = [
     "__version__",
     "build",
     "compare",
+    "explain",
     "load",
     "measure",
     "run",

@@ -20,6 +20,35 @@ Built = Annotated[
     str,
     typer.Argument(metavar="A", help="An artifact directory or a model file.", show_default=False),
 ]
+Explained = Annotated[
+    str,
+    typer.Argument(
+        metavar="A", help="An artifact directory, or a compressed model file.", show_default=False
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The original: a model file or an artifact.  [default: the file that the artifact "
+        "was made from, if it is still there]",
+    ),
+]
+ExplainedBatch = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", min=1, help="Samples of one run.  [default: as made]"),
+]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help="Leave out what is measured besides: memory and arithmetic of this machine, widths, "
+        "threads, a batch.",
+    ),
+]
+MarkdownFile = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE", help="Write it as Markdown, too.")
+]
 PreparedDirectory = Annotated[
     Path,
     typer.Argument(

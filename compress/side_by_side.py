@@ -137,7 +137,7 @@ def compare(
     """
     names = _distinct([first, second])
     before, after = (open_engine(path, threads=threads) for path in (first, second))
-    _check_inputs(names, before, after)
+    check_same_inputs(names, before, after)
     evaluator = None
     if evaluate is not None:
         evaluator = resolve_evaluator(evaluate, before.inputs, layout=layout, mean=mean, std=std)
@@ -173,7 +173,12 @@ def _inputs(name: str, engine: Engine, batch: int, seed: int) -> Arrays:
     return random_inputs(engine.inputs, batch, np.random.default_rng(seed))
 
 
-def _check_inputs(names: Sequence[str], before: Engine, after: Engine) -> None:
+def check_same_inputs(names: Sequence[str], before: Engine, after: Engine) -> None:
+    """Refuse models that cannot be run on the same arrays.
+
+    Raises:
+        UsageError: they take different inputs.
+    """
     given = [
         {spec.name: (spec.concrete(), spec.dtype) for spec in engine.inputs}
         for engine in (before, after)
