@@ -34,8 +34,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from compress.explaining import Explanation
     from compress.explaining.explain import explain
-    from compress.explaining.explanation import Explanation
     from compress.latency import measure
     from compress.model import Model, TensorSpec
     from compress.passes import Context, Pass
@@ -57,7 +57,7 @@ _HOME = {
     "DeviceError": "compress.errors",
     "Engine": "compress.target",
     "EngineError": "compress.errors",
-    "Explanation": "compress.explaining.explanation",
+    "Explanation": "compress.explaining",
     "ExportError": "compress.errors",
     "LoadError": "compress.errors",
     "MissingExtraError": "compress.errors",

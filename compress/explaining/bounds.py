@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from compress.explaining.explanation import Finding, Line, Row
+from compress.explaining import Finding, Line, Row
 from compress.explaining.lines import main_row
 from compress.explaining.words import names, number, share, time, verb
 
@@ -40,6 +40,7 @@ def memory(lines: Sequence[Line], peaks: Peaks, latency_us: float) -> list[Findi
     bound = [line for line in lines if line.macs and line.before and line.after]
     bound = [line for line in bound if _waits(main_row(line.before), line.before_us, peaks)]
     narrow = [line for line in bound if line.kind in ("narrow", "slower")]
+    narrow.sort(key=lambda line: -line.after_us)
     if not narrow:
         return []
     bytes_before = sum(main_row(line.before)["bytes"] for line in narrow)

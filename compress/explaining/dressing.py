@@ -81,7 +81,15 @@ def obstacle(node: ir.Node, facts: Capabilities) -> Obstacle | None:
     pattern = facts.pattern(node.op_type)
     if pattern is None:
         return Obstacle("no kernel", f"{node.op_type} has no int8 kernel in this runtime")
-    return _before(node) or _behind(node)
+    found = [one for one in (_before(node), _behind(node)) if one is not None]
+    if not found:
+        return None
+    # What is fixed alone leaves the operator where it is.
+    return Obstacle(
+        " and ".join(one.kind for one in found),
+        ", and ".join(one.text for one in found),
+        "; ".join(one.advice for one in found if one.advice),
+    )
 
 
 def _before(node: ir.Node) -> Obstacle | None:

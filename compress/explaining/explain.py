@@ -10,10 +10,11 @@ from typing import Any
 
 from compress import artifact
 from compress.errors import UsageError
+from compress.explaining import Explanation, Finding, Side
 from compress.explaining.bounds import memory
+from compress.explaining.case import Facts
 from compress.explaining.dressing import Dressing, dressing
-from compress.explaining.explanation import Explanation, Finding, Side
-from compress.explaining.findings import Facts, find, headline, nothing
+from compress.explaining.findings import find, headline, nothing
 from compress.explaining.lines import Known, Table, other_names, tabulate
 from compress.explaining.pair import (
     Opened,
@@ -95,6 +96,7 @@ def explain(
     size = batch or int(report.get("latency", {}).get("batch", 1))
     pair = measure_pair(before, after, batch=size, seconds=seconds, seed=seed, progress=progress)
     known, facts = _known(before, after, report)
+    facts = dataclasses.replace(facts, steady=pair.steady)
     table = tabulate(pair.before, pair.after, known)
     findings = find(pair.before, pair.after, table, facts)
     findings += nothing(pair.before, pair.after, table)
@@ -102,7 +104,7 @@ def explain(
     if not quick:
         findings += _probed(before, after, pair, table, seed=seed, progress=progress)
     ratio = pair.ratio
-    interval = f" (95 % interval of the ratio {ratio.low:.2f} to {ratio.high:.2f})"
+    interval = (ratio.low, ratio.high)
     machine = this_machine()
     return Explanation(
         pair.before,
@@ -133,18 +135,22 @@ def _known(before: Opened, after: Opened, report: Mapping[str, Any]) -> tuple[Kn
         dressed,
         other_names(before.sites, after.sites),
     )
-    groups = {site.name: site.groups for site in before.sites}
-    return known, _facts(after.target.name, capabilities, dressed, groups)
+    depthwise = frozenset(
+        site.name
+        for site in before.sites
+        if site.groups > 1 and site.weight is not None and site.weight[1] == 1
+    )
+    return known, _facts(after.target.name, capabilities, dressed, depthwise)
 
 
 def _facts(
     runtime: str,
     capabilities: Capabilities,
     dressed: Dressing | None,
-    groups: Mapping[str, int],
+    depthwise: frozenset[str],
 ) -> Facts:
     machine = this_machine()
-    return Facts(runtime, capabilities, machine.cpu, machine.is_x86, dressed, groups)
+    return Facts(runtime, capabilities, machine.cpu, machine.is_x86, dressed, depthwise)
 
 
 def _probed(
@@ -181,7 +187,7 @@ def _from_report(directory: Path, report: Mapping[str, Any]) -> Explanation:
     types = {row["name"]: row["op_type"] for row in report["sites"]}
     stays = {row["name"]: row["reason"] for row in report["sites"] if row["reason"]}
     table = tabulate(before, after, Known(types, stays))
-    facts = _facts(after.runtime, create_target(after.runtime).capabilities, None, {})
+    facts = _facts(after.runtime, create_target(after.runtime).capabilities, None, frozenset())
     machine = report["machine"]
     facts = dataclasses.replace(facts, cpu=machine["cpu"])
     findings = find(before, after, table, facts) + nothing(before, after, table)

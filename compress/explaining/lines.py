@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any, get_args
 
+from compress.explaining import Kind, Line, Part, Row, Side
 from compress.explaining.dressing import Dressing
-from compress.explaining.explanation import Kind, Line, Part, Row, Side
 from compress.graph import Site
 from compress.target import FLOATS
 

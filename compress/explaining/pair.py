@@ -15,7 +15,7 @@ import numpy as np
 
 from compress import artifact
 from compress.errors import CompressError, EngineError, UsageError
-from compress.explaining.explanation import Row, Side
+from compress.explaining import Row, Side
 from compress.export import to_onnx
 from compress.graph import Site, graph_sites
 from compress.kernel_rows import kernel_rows
@@ -31,6 +31,8 @@ from compress.target import Engine, Kernel, KernelTime, Target, runtimes
 RUNS = 30
 """Runs under the profiler, in each of the rounds."""
 ROUNDS = 2
+_NOISY = 0.1
+_ABOUT_NOISE = ("The machine was noisy", "Not steady")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Pair:
         ratio: latency of the original over that of the other.
         notes: about the measurement.
         kernels: of the compressed model, in order.
+        steady: whether latencies varied little from one block of calls to the next.
     """
 
     before: Side
@@ -71,6 +74,7 @@ class Pair:
     ratio: Ratio
     notes: tuple[str, ...]
     kernels: tuple[Kernel, ...] = ()
+    steady: bool = True
 
 
 def open_model(
@@ -214,8 +218,18 @@ def measure_pair(
         )
         for name, one, tables in zip(names, (before, after), times, strict=True)
     ]
+    steady = all(one.cv < _NOISY for one in found.timings.values())
+    # One sentence for all sessions: they say the same with other numbers.
+    notes = [note for note in found.notes if not note.startswith(_ABOUT_NOISE)]
+    if not steady:
+        spread = max(one.cv for one in found.timings.values())
+        notes.append(
+            f"The machine was noisy: latencies vary by {spread:.0%} from one block of calls to the "
+            f"next. Measure again when it is quiet."
+        )
     kernels = engines[1].kernels()
-    return Pair(sides[0], sides[1], found.ratios[names[1]], found.notes, kernels)
+    ratio = found.ratios[names[1]]
+    return Pair(sides[0], sides[1], ratio, tuple(notes), kernels, steady)
 
 
 def profile(engine: Engine, inputs: Arrays) -> tuple[KernelTime, ...]:

@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from compress.errors import CompressError
-from compress.explaining.explanation import Finding, Row
+from compress.explaining import Finding, Row
 from compress.explaining.lines import NOISE_US
 from compress.explaining.pair import Opened, profile, rows_of
 from compress.explaining.words import names, number, time, verb
@@ -19,6 +19,8 @@ from compress.model import random_inputs
 from compress.target import Kernel
 
 BATCH = 8
+STEADY = 0.1
+"""Largest spread of latencies from which something is concluded."""
 WORTHWHILE = 1.3
 """Gain of threads, or of a batch, below or above which it is worth a sentence."""
 
@@ -36,6 +38,8 @@ def thread_findings(opened: Opened, *, seconds: float, seed: int) -> list[Findin
     timings = measure(
         {"one": partial(one, inputs), "many": partial(many, inputs)}, seconds=seconds, seed=seed
     ).timings
+    if any(timing.cv > STEADY for timing in timings.values()):
+        return []
     tables = [rows_of([profile(engine, inputs)], opened.sites) for engine in (one, many)]
     alone, together = (timings[name].p50_ms * 1e3 for name in ("one", "many"))
     return threads_finding(threads, alone, together, *tables)
@@ -91,6 +95,8 @@ def batch_findings(opened: Opened, *, seconds: float, seed: int) -> list[Finding
             {"1": partial(engine, single), "n": partial(engine, several)}, seconds=seconds
         ).timings
     except CompressError:  # a batch that the model takes by its inputs alone
+        return []
+    if any(timing.cv > STEADY for timing in timings.values()):
         return []
     tables = [rows_of([profile(engine, inputs)], opened.sites) for inputs in (single, several)]
     return batch_finding(BATCH, timings["1"].p50_ms * 1e3, timings["n"].p50_ms * 1e3, *tables)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from compress.explaining.explanation import Explanation, Finding, Line
+from compress.explaining import Explanation, Finding, Line
 from compress.explaining.words import share, time
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from itertools import takewhile
 
 from compress.errors import CompressError
 from compress.estimate.graphs import Network, quantized
-from compress.explaining.explanation import Finding, Line
+from compress.explaining import Finding, Line
 from compress.explaining.lines import main_row
 from compress.explaining.words import time
 from compress.graph import Site

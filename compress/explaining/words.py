@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 NAMED = 4
@@ -25,8 +26,7 @@ def names(sites: Sequence[str], most: int = NAMED) -> str:
 
 def number(count: int, noun: str) -> str:
     """A count with its noun in the right form."""
-    irregular = {"is": "are", "takes": "take", "runs": "run"}
-    return f"{count} {noun}" if count == 1 else f"{count} {irregular.get(noun, noun + 's')}"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def share(us: float, whole_us: float) -> str:
@@ -37,3 +37,9 @@ def share(us: float, whole_us: float) -> str:
 def verb(count: int, plural: str) -> str:
     """The verb of a count of things: "take" or "takes"."""
     return plural if count != 1 else {"are": "is", "have": "has"}.get(plural, plural + "s")
+
+
+def of_several(reason: str) -> str:
+    """A reason about one operator ("its weight is ..."), said of several."""
+    text = re.sub(r"\bits\b", "their", reason)
+    return re.sub(r"\b(between|left|surround|and|behind) it\b", r"\1 them", text)
