@@ -28,6 +28,7 @@ from compress.facts import (
     data_facts,
     delegation,
     device_remarks,
+    explained,
     model_facts,
     plan_of,
     predicted_facts,
@@ -329,8 +330,8 @@ def run(
     if climbed is not None and chosen.variant is climbed.variant:
         passes = climbed.passes
     with clock.phase("profile"):
-        shown = {one.candidate.name: one for one in (measured.all[0], chosen)}
-        kernels = kernel_tables(list(shown.values()), workload.inputs, sites)
+        shown = explained(measured, chosen)
+        kernels = kernel_tables(shown, workload.inputs, sites)
     rows = site_rows_of(sites, measured, decision.chosen)
     gap = simulation_gap(chosen, passes, data or (evaluator.data if evaluator else None))
     report = Report(

@@ -12,6 +12,8 @@ from compress.target import Capabilities
 MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 _FLOAT_OUTPUT = ("Gemm", "MatMul")
+_LOOKED_THROUGH = ("Pad", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
+"""ONNX Runtime folds a Pad into a convolution, and carries integers through the others."""
 _LONGEST_CHAIN = 4
 """Conv, BatchNormalization, Add, Relu."""
 
@@ -81,7 +83,8 @@ def obstacle(node: ir.Node, facts: Capabilities) -> Obstacle | None:
     pattern = facts.pattern(node.op_type)
     if pattern is None:
         return Obstacle("no kernel", f"{node.op_type} has no int8 kernel in this runtime")
-    found = [one for one in (_before(node), _behind(node)) if one is not None]
+    steps = (_before(node), _float_bias(node), _behind(node))
+    found = [one for one in steps if one is not None]
     if not found:
         return None
     # What is fixed alone leaves the operator where it is.
@@ -110,12 +113,12 @@ def _before(node: ir.Node) -> Obstacle | None:
             f"its {what} is not quantized",
             f"quantize its {what} too, or leave the whole operator in float",
         )
+    sources = [source for value in values if (source := _dequantizer(value)) is not None]
     scales = [
-        producer.inputs[1]
-        for value in values
-        if (producer := value.producer()) is not None and producer.inputs[0] is not None
-        and producer.inputs[0].const_value is None
-    ]  # fmt: skip
+        source.inputs[1]
+        for source in sources
+        if source.inputs[0] is not None and source.inputs[0].const_value is None
+    ]
     for scale in scales:
         count = scale.const_value.size if scale is not None and scale.const_value is not None else 1
         if count > 1:
@@ -129,10 +132,25 @@ def _before(node: ir.Node) -> Obstacle | None:
 
 
 def _moved(value: ir.Value) -> str:
-    """The operator that moves integers' values in float before an input, or ""."""
+    """An operator that moves values in float between a DequantizeLinear and an input, or ""."""
     node = value.producer()
-    moves = node is not None and node.op_type in ("Pad", "Reshape", "Flatten", "Transpose", "Slice")
+    moves = node is not None and node.op_type == "Flatten"
     return node.op_type if node is not None and moves and _dequantized(node.inputs[0]) else ""
+
+
+def _float_bias(node: ir.Node) -> Obstacle | None:
+    """A Gemm without QuantizeLinear behind it wants its bias as integers; others take a float."""
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    if bias is None or _dequantized(bias):
+        return None
+    if any(use.node.op_type == _Q for use in node.outputs[0].uses()):
+        return None
+    return Obstacle(
+        "float bias",
+        f"its bias is float and no {_Q} stands behind it",
+        f"quantize its bias (int32, scale of input times scale of weight), or put {_Q} and {_DQ} "
+        f"behind it",
+    )
 
 
 def _behind(node: ir.Node) -> Obstacle | None:
@@ -197,8 +215,15 @@ def _until_quantized(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _dequantized(value: ir.Value | None) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == _DQ
+    return _dequantizer(value) is not None
+
+
+def _dequantizer(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that an input comes from, also through moves of integers."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type in _LOOKED_THROUGH:
+        return _dequantizer(node.inputs[0])
+    return node if node is not None and node.op_type == _DQ else None
 
 
 def _ends(node: ir.Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
