@@ -42,8 +42,8 @@ Quick = Annotated[
     bool,
     typer.Option(
         "--quick",
-        help="Leave out what is measured besides: memory and arithmetic of this machine, widths, "
-        "threads, a batch.",
+        help="One session, without what is measured besides: memory and arithmetic of this "
+        "machine, widths, threads, a batch.",
     ),
 ]
 MarkdownFile = Annotated[

@@ -30,6 +30,7 @@ from compress.explaining.widths import width_findings
 from compress.machine import this_machine
 from compress.progress import Progress, silent
 from compress.registry import create_target
+from compress.sessions import SESSIONS
 from compress.target import Capabilities
 
 DEFAULT_SECONDS = 6.0
@@ -66,8 +67,8 @@ def explain(
         batch: of one run; None takes the artifact's own, or 1.
         inputs: shapes that a model file does not say, as `--input` takes them.
         seconds: for the latencies of both together.
-        quick: leave out what is measured beside the two models: peaks of the machine, widths of
-            layers, other numbers of threads, a batch.
+        quick: one session, and without what is measured beside the two models: peaks of the
+            machine, widths of layers, other numbers of threads, a batch.
         seed: of inputs and order.
         progress: opens a tracker for each step.
 
@@ -94,7 +95,15 @@ def explain(
     after = open_model(compressed, target=target, threads=threads, inputs=inputs)
     before = open_model(against, target=target, threads=threads, like=after, inputs=inputs)
     size = batch or int(report.get("latency", {}).get("batch", 1))
-    pair = measure_pair(before, after, batch=size, seconds=seconds, seed=seed, progress=progress)
+    pair = measure_pair(
+        before,
+        after,
+        batch=size,
+        seconds=seconds,
+        sessions=1 if quick else SESSIONS,
+        seed=seed,
+        progress=progress,
+    )
     known, facts = _known(before, after, report)
     facts = dataclasses.replace(facts, steady=pair.steady)
     table = tabulate(pair.before, pair.after, known)

@@ -178,6 +178,7 @@ def measure_pair(
     *,
     batch: int = 1,
     seconds: float = 6.0,
+    sessions: int = SESSIONS,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Pair:
@@ -207,7 +208,7 @@ def measure_pair(
         return {n: partial(one, inputs) for n, one in zip(names, fresh, strict=True)}
 
     found = measure_sessions(
-        build, sessions=SESSIONS, seconds=seconds, margin=0.0, seed=seed, progress=progress
+        build, sessions=sessions, seconds=seconds, margin=0.0, seed=seed, progress=progress
     )
     sides = [
         Side(
