@@ -91,7 +91,7 @@ def obstacle(node: ir.Node, facts: Capabilities) -> Obstacle | None:
     return Obstacle(
         " and ".join(one.kind for one in found),
         ", and ".join(one.text for one in found),
-        "; ".join(one.advice for one in found if one.advice),
+        "; ".join(dict.fromkeys(one.advice for one in found if one.advice)),
     )
 
 
@@ -180,7 +180,17 @@ def _behind(node: ir.Node) -> Obstacle | None:
         # A Relu alone is free: integers with zero point 0 saturate as it does.
         names = list(dict.fromkeys(n.op_type for n in chain))
         if names == ["Relu"]:
-            return None
+            count = _scales(last)
+            return (
+                None
+                if count == 1
+                else Obstacle(
+                    "Relu before a scale per channel",
+                    f"Relu stands between it and a {_Q} with {count} scales, one per channel, which "
+                    f"cannot take the Relu's place",
+                    "quantize activations with one scale per tensor",
+                )
+            )
         between = " and ".join(names)
         fold = "BatchNormalization" in between
         return Obstacle(
@@ -200,6 +210,13 @@ def _behind(node: ir.Node) -> Obstacle | None:
         f"integers",
         f"put {_Q} and {_DQ} behind it, or leave it in float",
     )
+
+
+def _scales(value: ir.Value) -> int:
+    """The most scales of a QuantizeLinear that reads a tensor."""
+    scales = [use.node.inputs[1] for use in value.uses() if use.node.op_type == _Q]
+    sizes = [s.const_value.size for s in scales if s is not None and s.const_value is not None]
+    return max(sizes, default=1)
 
 
 def _until_quantized(node: ir.Node) -> Iterator[ir.Node]:

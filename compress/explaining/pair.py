@@ -264,23 +264,25 @@ def sides_of_report(directory: Path, report: Mapping[str, Any]) -> tuple[Side, S
     Raises:
         CompressError: the report holds no kernels of both.
     """
-    candidates = [one["name"] for one in report["candidates"]]
-    tables = {name: report.get("kernels", {}).get(name) for name in candidates}
-    first = candidates[0]
+    by_name = {one["name"]: one for one in report["candidates"]}
+    tables = report.get("kernels", {})
+    first, *others = by_name
     chosen = report["chosen"]
     if chosen == first:
-        chosen = next((n for n in candidates[1:] if tables[n]), chosen)
-    if chosen == first or not tables.get(first) or not tables.get(chosen):
+        chosen = next((name for name in others if name in tables), "")
+    # A runtime that tells no times has no table; what it was measured with is told all the same.
+    if first not in tables or chosen not in by_name:
         raise UsageError(
-            f"{directory} does not tell the kernels of the original and of the artifact, and the "
-            f"original is not where the run found it. Give it: compress explain {directory} "
+            f"{directory} does not tell the kernels of the original and of another candidate, and "
+            f"the original is not where the run found it. Give it: compress explain {directory} "
             f"--against MODEL."
         )
     sides = []
     for name in (first, chosen):
-        timing = next(c["timing"] for c in report["candidates"] if c["name"] == name)
-        table: Mapping[str, Any] = tables[name] or {}
-        sides.append(Side(name, table["runtime"], timing["p50_ms"] * 1e3, tuple(table["rows"])))
+        candidate, table = by_name[name], tables.get(name, {})
+        runtime = table.get("runtime") or candidate["runtime"]
+        latency_us = candidate["timing"]["p50_ms"] * 1e3
+        sides.append(Side(name, runtime, latency_us, tuple(table.get("rows", ()))))
     return sides[0], sides[1]
 
 

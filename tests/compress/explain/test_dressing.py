@@ -24,6 +24,7 @@ class Planted:
         kind: of the obstacle; "" where ONNX Runtime fuses it.
         text: part of the reason.
         scales: of the input: 1, or one for each channel.
+        written: of the output: the same.
         between: operators between the convolution and its QuantizeLinear.
         before: an operator between the input's DequantizeLinear and the convolution.
         second_reader: a Sigmoid reads the result in float.
@@ -36,6 +37,7 @@ class Planted:
     kind: str = ""
     text: str = ""
     scales: int = 1
+    written: int = 1
     between: tuple[str, ...] = ()
     before: str = ""
     second_reader: bool = False
@@ -51,6 +53,9 @@ CASES = {
     "no bias": Planted(bias=""),
     "relu": Planted(between=("Relu",)),
     "scale per channel": Planted("scale per channel", "has 8 values", scales=C),
+    "relu and scales": Planted(
+        "Relu before a scale per channel", "with 8 scales", between=("Relu",), written=C
+    ),
     "clip": Planted("Clip between", "Clip stands between it", between=("Clip",)),
     "norm": Planted("BatchNormalization between", "between", between=("BatchNormalization",)),
     "norm and relu": Planted(
@@ -123,7 +128,8 @@ def planted(case: Planted) -> Model:
             ],
         }.get(op, [])  # fmt: skip
         y = node(op, [y, *more], op.lower())
-    outputs.append(pair(y, "out", step) if case.quantized else y)
+    last = np.full(C, step) if case.written > 1 else step
+    outputs.append(pair(y, "out", last) if case.quantized else y)
     size = 10 if case.before == "Pad" else 8
     shapes = [
         helper.make_tensor_value_info(o, TensorProto.FLOAT, [1, C, size, size]) for o in outputs
