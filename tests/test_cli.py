@@ -18,7 +18,10 @@ from compress.errors import CompressError, UsageError
 from compress.exits import NOT_MET, STOPPED, UNEXPECTED, USAGE, explain
 from compress.render import count, size
 
-COMMANDS = ("run", "build", "inspect", "bench", "compare", "profile", "targets", "passes", "doctor")
+COMMANDS = (
+    "run", "build", "inspect", "bench", "compare", "profile", "explain", "targets", "passes",
+    "doctor",
+)  # fmt: skip
 Cli = Callable[..., Any]
 QUICK = ("--time", 0, "--seconds", 0.5)
 

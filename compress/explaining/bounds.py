@@ -1,4 +1,4 @@
-"""Layers that wait for memory: what the roofline says that fewer bits can buy them."""
+"""Layers that move more than they compute: what fewer bits can buy them at most."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Peaks(Protocol):
 
 
 def memory(lines: Sequence[Line], peaks: Peaks, latency_us: float) -> list[Finding]:
-    """A sentence about the layers whose time goes into moving bytes.
+    """A sentence about the layers below the machine's balance.
 
     A kernel is bound by memory if its arithmetic intensity (multiply-accumulates per byte) lies
     below the machine's balance, the ratio of the two peaks (Williams et al., Roofline, CACM 52(4),
@@ -55,12 +55,13 @@ def memory(lines: Sequence[Line], peaks: Peaks, latency_us: float) -> list[Findi
     return [
         Finding(
             "memory",
-            f"{number(len(narrow), 'layer')} {verb(len(narrow), 'wait')} for memory in float: "
-            f"{intensity:.2g} multiply-accumulates per byte, where this machine needs "
-            f"{balance:.2g} to be busy with arithmetic ({names([line.site for line in narrow])}). "
-            f"int8 moves {1 / ratio:.0%} of their bytes, so it can make them at most {ratio:.1f}x "
-            f"as fast; they are {before / after:.1f}x ({time(before)} became {time(after)}, "
-            f"{share(after, latency_us)} of the whole).",
+            f"{number(len(narrow), 'layer')} {verb(len(narrow), 'do')} {intensity:.2g} "
+            f"multiply-accumulates for each byte that {'they' if len(narrow) > 1 else 'it'} "
+            f"{verb(len(narrow), 'move')} in float, and {balance:.2g} keep the arithmetic of this "
+            f"machine busy ({names([line.site for line in narrow])}). Where bytes decide, int8, "
+            f"which moves {1 / ratio:.0%} of them, makes {'them' if len(narrow) > 1 else 'it'} at "
+            f"most {ratio:.1f}x as fast; measured {before / after:.1f}x ({time(before)} became "
+            f"{time(after)}, {share(after, latency_us)} of the whole).",
             after,
             tuple(line.site for line in narrow),
             "",

@@ -179,18 +179,15 @@ def _behind(node: ir.Node) -> Obstacle | None:
     if any(use.node.op_type == _Q for use in last.uses()):
         # A Relu alone is free: integers with zero point 0 saturate as it does.
         names = list(dict.fromkeys(n.op_type for n in chain))
-        if names == ["Relu"]:
-            count = _scales(last)
-            return (
-                None
-                if count == 1
-                else Obstacle(
-                    "Relu before a scale per channel",
-                    f"Relu stands between it and a {_Q} with {count} scales, one per channel, which "
-                    f"cannot take the Relu's place",
-                    "quantize activations with one scale per tensor",
-                )
+        if names == ["Relu"] and (count := _scales(last)) > 1:
+            return Obstacle(
+                "Relu before a scale per channel",
+                f"Relu stands between it and a {_Q} with {count} scales, one per channel, that "
+                f"cannot take the Relu's place",
+                "quantize activations with one scale per tensor",
             )
+        if names == ["Relu"]:
+            return None
         between = " and ".join(names)
         fold = "BatchNormalization" in between
         return Obstacle(

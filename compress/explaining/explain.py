@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import artifact
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.explaining import Explanation, Finding, Side
 from compress.explaining.bounds import memory
 from compress.explaining.case import Facts
@@ -78,22 +78,19 @@ def explain(
         EngineError: one of them does not run.
     """
     report: Mapping[str, Any] = {}
-    directory = None
     if isinstance(compressed, str | Path) and Path(compressed).is_dir():
-        directory = Path(compressed)
-        report = artifact.read_report(directory)
-        if against is None and report.get("chosen") != _original(report):
-            against = find_original(directory, report)
-            inputs = inputs or tuple(report["model"].get("inputs", ()))
-        if against is None:
-            return _from_report(directory, report)
-    if against is None:
+        report = artifact.read_report(Path(compressed))
+    elif against is None:
         raise UsageError(
             f"{compressed} is no artifact, so nothing says what it was made from. Give the "
             f"original: compress explain {compressed} --against MODEL."
         )
+    if against is None and report.get("chosen") == _original(report):
+        return _from_report(Path(compressed), report)
     after = open_model(compressed, target=target, threads=threads, inputs=inputs)
-    before = open_model(against, target=target, threads=threads, like=after, inputs=inputs)
+    before = _opened_original(against, after, Path(compressed) if report else None, inputs)
+    if before is None:
+        return _from_report(Path(compressed), report)
     size = batch or int(report.get("latency", {}).get("batch", 1))
     pair = measure_pair(
         before,
@@ -126,6 +123,23 @@ def explain(
         f"measured now ({_today()}) on {machine.cpu}, {_threads(after)}, batch {size}",
         (*pair.notes, *_notes(pair.before, pair.after, table)),
     )
+
+
+def _opened_original(
+    against: Any, after: Opened, directory: Path | None, inputs: Sequence[str]
+) -> Opened | None:
+    """The original: as given, or as the artifact's report tells; None where that leads nowhere."""
+    threads = getattr(after.target, "threads", None)
+    if against is not None or directory is None:
+        return open_model(against, threads=threads, like=after, inputs=inputs)
+    found = find_original(directory, after.report)
+    if found is None:
+        return None
+    shapes = inputs or tuple(after.report["model"].get("inputs", ()))
+    try:
+        return open_model(found, threads=threads, like=after, inputs=shapes)
+    except CompressError:  # such as weights alone, whose network the report cannot build
+        return None
 
 
 def _original(report: Mapping[str, Any]) -> str:

@@ -36,7 +36,11 @@ def share(us: float, whole_us: float) -> str:
 
 def verb(count: int, plural: str) -> str:
     """The verb of a count of things: "take" or "takes"."""
-    return plural if count != 1 else {"are": "is", "have": "has"}.get(plural, plural + "s")
+    return (
+        plural
+        if count != 1
+        else {"are": "is", "have": "has", "do": "does"}.get(plural, plural + "s")
+    )
 
 
 def of_several(reason: str) -> str:
