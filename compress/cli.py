@@ -438,12 +438,12 @@ def explain_model(
     markdown: options.MarkdownFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say why a compressed model is not faster, or where its gain comes from.
+    """Say why a compressed model is not faster.
 
-    Runs it and the original in the same runtime, kernel by kernel, and says in sentences what
-    costs time and what to do about it: Q/DQ that were not fused, conversions, layers that are
-    slower in int8, layers that wait for memory, widths beside a step. The sums add up to the
-    difference of the latencies. Works on artifacts and on any two model files.
+    Or where its gain comes from: runs it and the original in the same runtime, and says in
+    sentences what costs time and what to do about it. Q/DQ that were not fused, conversions,
+    layers that are slower in int8 or limited by memory, widths beside a step. The parts add up to
+    the difference of the latencies. Works on artifacts and on any two model files.
     """
     from compress.explaining.explain import explain as explain_pair
 

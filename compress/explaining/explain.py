@@ -251,17 +251,20 @@ def _notes(before: Side, after: Side, table: Table) -> tuple[str, ...]:
             notes.append(
                 f"{side.runtime} tells no times of kernels: only the latencies are explained."
             )
-    added = [
-        (side, us * len(side.rows), us)
-        for side, us in zip((before, after), table.profiler_us, strict=True)
-        if us * len(side.rows) > _SHARE_OF_PROFILER * side.latency_us
-    ]
-    notes += [
-        f"Under the profiler the {len(side.rows)} kernels of {side.name} take {total:.0f} µs more "
-        f"than the whole model does without: {us:.1f} µs of each kernel are taken for the "
-        f"profiler's own."
-        for side, total, us in added
-    ]
+    for side, settled in zip((before, after), table.settled, strict=True):
+        spent = sum(row["p50_us"] for row in side.rows)
+        if settled.scaled:
+            notes.append(
+                f"Under the profiler {side.name} takes {spent:.0f} µs and {side.latency_us:.0f} µs "
+                f"without, and nothing that is the same for each kernel explains that: its "
+                f"kernels are told in proportion, and what is said of single ones is uncertain."
+            )
+        elif settled.profiler_us * len(side.rows) > _SHARE_OF_PROFILER * side.latency_us:
+            notes.append(
+                f"Under the profiler the {len(side.rows)} kernels of {side.name} take "
+                f"{spent - side.latency_us:.0f} µs more than the whole model does without: "
+                f"{settled.profiler_us:.1f} µs of each are taken for the profiler's own."
+            )
     return tuple(dict.fromkeys(notes))
 
 

@@ -62,12 +62,12 @@ class Table:
     Attributes:
         lines: in order of execution.
         parts: shares of both latencies, by kind; what no kernel takes comes last.
-        profiler_us: what the profiler was found to add to each kernel, of both sides.
+        settled: how the times of both sides were made to fit their latencies.
     """
 
     lines: tuple[Line, ...]
     parts: tuple[Part, ...]
-    profiler_us: tuple[float, float]
+    settled: tuple[Settled, Settled]
 
 
 def tabulate(before: Side, after: Side, known: Known) -> Table:
@@ -75,25 +75,46 @@ def tabulate(before: Side, after: Side, known: Known) -> Table:
 
     The sums of `parts` are the latencies, so their changes add up to the difference.
     """
-    first, first_us, first_rest = settle([r["p50_us"] for r in before.rows], before.latency_us)
-    second, second_us, second_rest = settle([r["p50_us"] for r in after.rows], after.latency_us)
-    lines = _lines(_sorted(before.rows, first, known, {}), _sorted_after(after, second, known))
+    first, second = (
+        settle([row["p50_us"] for row in side.rows], side.latency_us) for side in (before, after)
+    )
+    lines = _lines(
+        _sorted(before.rows, first.times_us, known, {}),
+        _sorted(after.rows, second.times_us, known, known.names),
+    )
     lines = [_judged(line, lines, known) for line in lines]
     parts = _parts(lines)
-    parts.append(Part("outside", LABELS["outside"], first_rest, second_rest))
-    return Table(tuple(lines), tuple(parts), (first_us, second_us))
+    parts.append(Part("outside", LABELS["outside"], first.rest_us, second.rest_us))
+    return Table(tuple(lines), tuple(parts), (first, second))
 
 
-def settle(times_us: Sequence[float], latency_us: float) -> tuple[list[float], float, float]:
-    """Times that fit a latency, what was taken from each, and what is left beside them.
+@dataclass(frozen=True)
+class Settled:
+    """Times of kernels that fit a latency.
+
+    Attributes:
+        times_us: of the kernels, in their order.
+        rest_us: of the latency, which no kernel takes.
+        profiler_us: what was taken from each kernel, 0 where they fitted.
+        scaled: no constant explains them, so all were scaled alike.
+    """
+
+    times_us: tuple[float, ...]
+    rest_us: float
+    profiler_us: float = 0.0
+    scaled: bool = False
+
+
+def settle(times_us: Sequence[float], latency_us: float) -> Settled:
+    """Times that fit a latency.
 
     A profiler adds about the same to every kernel, which shows most in small ones. Where the
     times exceed the latency, the constant is taken from each (from none more than it has) that
-    makes them fit.
+    makes them fit. If that left nothing of most of them, they are scaled instead.
     """
     rest = latency_us - sum(times_us)
     if rest >= 0:
-        return list(times_us), 0.0, rest
+        return Settled(tuple(times_us), rest)
     ordered = sorted(times_us, reverse=True)
     total = each = 0.0
     for count, (time_us, smaller) in enumerate(zip(ordered, [*ordered[1:], 0.0], strict=True), 1):
@@ -101,8 +122,12 @@ def settle(times_us: Sequence[float], latency_us: float) -> tuple[list[float], f
         each = (total - latency_us) / count
         if each >= smaller:
             break
-    settled = [max(time_us - each, 0.0) for time_us in times_us]
-    return settled, each, latency_us - sum(settled)
+    settled = tuple(max(time_us - each, 0.0) for time_us in times_us)
+    if 2 * sum(time_us == 0 for time_us in settled) <= len(settled):
+        return Settled(settled, latency_us - sum(settled), each)
+    scale = latency_us / sum(times_us)
+    scaled = tuple(time_us * scale for time_us in times_us)
+    return Settled(scaled, latency_us - sum(scaled), scaled=True)
 
 
 def other_names(before: Sequence[Site], after: Sequence[Site]) -> dict[str, str]:
@@ -133,10 +158,6 @@ class _Timed:
     row: Row
     us: float
     near: tuple[str, str]
-
-
-def _sorted_after(side: Side, times: Sequence[float], known: Known) -> list[_Timed]:
-    return _sorted(side.rows, times, known, known.names)
 
 
 def _sorted(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compress.explaining import Side
 from compress.explaining.dressing import Dressing, Obstacle
-from compress.explaining.lines import Known, other_names, settle, tabulate
+from compress.explaining.lines import Known, Settled, other_names, settle, tabulate
 from compress.graph import Site
 
 Row = Callable[..., Any]
@@ -62,24 +62,30 @@ def test_parts_add_up_to_both_latencies(
 
 @given(st.lists(st.floats(0, 1e5, allow_subnormal=False), max_size=30), st.floats(0.01, 1e5))
 def test_settled_times_fit_the_latency(times: list[float], latency: float) -> None:
-    settled, each, rest = settle(times, latency)
-    assert sum(settled) + rest == pytest.approx(latency, rel=1e-9, abs=1e-6)
-    assert each >= 0
-    assert rest >= -1e-6
-    assert all(0 <= after <= before for before, after in zip(times, settled, strict=True))
-    order = sorted(range(len(times)), key=times.__getitem__)
-    assert [settled[i] for i in order] == sorted(settled)
+    found = settle(times, latency)
+    assert sum(found.times_us) + found.rest_us == pytest.approx(latency, rel=1e-9, abs=1e-6)
+    assert found.profiler_us >= 0
+    assert found.rest_us >= -1e-6
+    pairs = list(zip(times, found.times_us, strict=True))
+    assert all(0 <= after <= before * (1 + 1e-12) for before, after in pairs)
+    assert [after for _, after in sorted(pairs)] == sorted(found.times_us)
 
 
 def test_the_profiler_costs_every_kernel_the_same() -> None:
     # Three kernels of 10, 4 and 1, each measured with 2 more; the latency is that of all three.
-    settled, each, rest = settle([12, 6, 3], 15)
-    assert settled == pytest.approx([10, 4, 1])
-    assert each == pytest.approx(2)
-    assert rest == pytest.approx(0)
+    found = settle([12, 6, 3], 15)
+    assert found.times_us == pytest.approx([10, 4, 1])
+    assert found.profiler_us == pytest.approx(2)
+    assert found.rest_us == pytest.approx(0)
     # Less than the kernels' own: the shortest cannot give more than they have.
-    assert settle([12, 1], 9)[0] == pytest.approx([9, 0])
-    assert settle([3, 4], 10) == ([3, 4], 0, 3)
+    assert settle([12, 1], 9).times_us == pytest.approx([9, 0])
+    assert settle([3, 4], 10) == Settled((3, 4), 3)
+
+
+def test_what_no_constant_explains_is_scaled() -> None:
+    found = settle([900, 10, 10, 10], 93)
+    assert found.scaled
+    assert found.times_us == pytest.approx([90, 1, 1, 1])
 
 
 def table_of(before: list[Any], after: list[Any], known: Known) -> dict[str, Any]:
