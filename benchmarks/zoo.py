@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,9 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize_with_onnxruntime(
-    model: Model, batches: list[dict[str, np.ndarray]], folder: Path
+    model: Model, batches: list[dict[str, np.ndarray]], folder: Path, exclude: Sequence[str] = ()
 ) -> Model:
-    """What ONNX Runtime's own tool makes of the float model."""
+    """What ONNX Runtime's own tool makes of the float model; nodes to exclude stay in float."""
     source, prepared, result = (str(folder / f"{n}.onnx") for n in ("float", "prepared", "int8"))
     ir.save(model.graph_model, source)
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
@@ -98,6 +99,7 @@ def quantize_with_onnxruntime(
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(exclude),
         )
     return load(result)
 

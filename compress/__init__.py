@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from compress.explaining import Explanation
+    from compress.explaining.explain import explain
     from compress.latency import measure
     from compress.model import Model, TensorSpec
     from compress.passes import Context, Pass
@@ -57,6 +59,7 @@ _HOME = {
     "DeviceError": "compress.errors",
     "Engine": "compress.target",
     "EngineError": "compress.errors",
+    "Explanation": "compress.explaining",
     "ExportError": "compress.errors",
     "LoadError": "compress.errors",
     "MissingExtraError": "compress.errors",
@@ -74,6 +77,7 @@ _HOME = {
     "build": "compress.building",
     "check": "compress.regression",
     "compare": "compress.side_by_side",
+    "explain": "compress.explaining.explain",
     "load": "compress.artifact",
     "measure": "compress.latency",
     "run": "compress.pipeline",
@@ -90,6 +94,7 @@ __all__ = [
     "DeviceError",
     "Engine",
     "EngineError",
+    "Explanation",
     "ExportError",
     "LoadError",
     "MissingExtraError",
@@ -108,6 +113,7 @@ __all__ = [
     "build",
     "check",
     "compare",
+    "explain",
     "load",
     "measure",
     "run",

@@ -20,6 +20,7 @@ from compress.exits import CANNOT_TELL, NOT_MET, PREPARED, explain
 if TYPE_CHECKING:
     from compress.model import TensorSpec
     from compress.progress import Progress
+    from compress.report import Report
 
 P = ParamSpec("P")
 
@@ -194,6 +195,8 @@ def run(
 
         render_report(result.report, render.console())
         typer.echo(f"Artifact: {result.directory}")
+        if hint := _explain_hint(result.report, result.directory):
+            typer.echo(hint)
     if not result.built:
         raise typer.Exit(PREPARED)
     if not result.met:
@@ -617,6 +620,60 @@ def plot(
             typer.echo(f"Written to {path}")
 
 
+@_command(
+    "explain",
+    "compress explain model-cpu",
+    "compress explain model-cpu --against model.onnx --markdown why.md",
+    "compress explain int8.onnx --against float.onnx --threads 1   # whatever tool made them",
+    "compress explain int8.onnx --against float.onnx --target openvino --json",
+)
+def explain_model(
+    compressed: options.Explained,
+    against: options.Original = None,
+    target: options.TargetName = "cpu",
+    threads: options.Threads = None,
+    batch: options.ExplainedBatch = None,
+    inputs: options.Inputs = None,
+    seconds: options.Seconds = 6.0,
+    quick: options.Quick = False,
+    seed: options.Seed = 0,
+    markdown: options.MarkdownFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say why a compressed model is not faster.
+
+    Or where its gain comes from: runs it and the original in the same runtime, and says in
+    sentences what costs time and what to do about it. Q/DQ that were not fused, conversions,
+    layers that are slower in int8 or limited by memory, widths beside a step. The parts add up to
+    the difference of the latencies. Works on artifacts and on any two model files.
+    """
+    from compress.explaining.explain import explain as explain_pair
+
+    found = explain_pair(
+        compressed,
+        against=against,
+        target=target,
+        threads=threads,
+        batch=batch,
+        inputs=inputs or (),
+        seconds=seconds,
+        quick=quick,
+        seed=seed,
+        progress=_progress(),
+    )
+    if markdown is not None:
+        _write_text(markdown, found.markdown())
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    from compress import render
+    from compress.explaining.text import render as render_explanation
+
+    render_explanation(found, render.console())
+    if markdown is not None:
+        typer.echo(f"Written to {markdown}")
+
+
 @_command("targets", "compress targets", "compress targets --devices", "compress targets --json")
 def targets(devices: options.DeviceSheets = False, as_json: options.Json = False) -> None:
     """List the targets and whether they work here.
@@ -717,12 +774,34 @@ def _print_json(value: Any) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise OutputError(
-            f"{str(path)!r} cannot be written: {error.strerror}. Choose another --out."
+            f"{str(path)!r} cannot be written: {error.strerror}. Choose another file."
         ) from error
+
+
+_LITTLE = 1.1
+"""A speed-up below this makes one ask why."""
+
+
+def _explain_hint(report: Report, directory: Path) -> str:
+    """Where to ask why it is not faster; "" where it is, or where nothing was measured."""
+    if not report.built or not report.chosen:
+        return ""
+    speedup = report.candidate(report.chosen).speedup
+    if speedup is not None and speedup["value"] >= _LITTLE:
+        return ""
+    return f"Why it is not faster: compress explain {directory}"
 
 
 if __name__ == "__main__":

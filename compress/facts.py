@@ -39,6 +39,19 @@ def site_rows_of(
     return site_rows(sites, built.engine.kernels(), reasons(model))
 
 
+def explained(measured: Measured, chosen: Built) -> tuple[Built, Built] | tuple[Built]:
+    """Whose kernels the report keeps: the original's and the artifact's.
+
+    Where the original is kept, the fastest other one shows why.
+    """
+    first, *others = measured.all
+    if chosen is not first:
+        return first, chosen
+    speed = {one.candidate.name: (one.candidate.speedup or {}).get("value", 0.0) for one in others}
+    best = max(others, key=lambda one: speed[one.candidate.name], default=None)
+    return (first, best) if best is not None else (first,)
+
+
 def region_rows(searched: Searched, chosen: Built) -> tuple[Mapping[str, Any], ...]:
     """The placement table of the runtime that was chosen; empty where none was searched."""
     placement = searched.placements.get(chosen.candidate.runtime)

@@ -20,6 +20,36 @@ Built = Annotated[
     str,
     typer.Argument(metavar="A", help="An artifact directory or a model file.", show_default=False),
 ]
+Explained = Annotated[
+    str,
+    typer.Argument(
+        metavar="A", help="An artifact directory, or a compressed model file.", show_default=False
+    ),
+]
+Original = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The original: a model file or an artifact.  [default: the file that the artifact "
+        "was made from, if it is still there]",
+    ),
+]
+ExplainedBatch = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", min=1, help="Samples of one run.  [default: as made]"),
+]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help="One session, without what is measured besides: memory and arithmetic of this "
+        "machine, widths, threads, a batch.",
+    ),
+]
+MarkdownFile = Annotated[
+    Path | None,
+    typer.Option("--markdown", metavar="FILE", help="Write Markdown, as for a pull request."),
+]
 PreparedDirectory = Annotated[
     Path,
     typer.Argument(
@@ -282,10 +312,6 @@ CheckThreads = Annotated[
 ]
 Junit = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write JUnit XML, one test case per limit.")
-]
-MarkdownFile = Annotated[
-    Path | None,
-    typer.Option("--markdown", metavar="FILE", help="Write Markdown for a pull-request comment."),
 ]
 BaselineDirectory = Annotated[
     Path | None,

@@ -28,6 +28,7 @@ from compress.facts import (
     data_facts,
     delegation,
     device_remarks,
+    explained,
     model_facts,
     plan_of,
     predicted_facts,
@@ -343,8 +344,8 @@ def run(
     if climbed is not None and chosen.variant is climbed.variant:
         passes = climbed.passes
     with clock.phase("profile"):
-        shown = {one.candidate.name: one for one in (measured.all[0], chosen)}
-        kernels = kernel_tables(list(shown.values()), workload.inputs, sites, settings.batch)
+        shown = explained(measured, chosen)
+        kernels = kernel_tables(shown, workload.inputs, sites, settings.batch)
         timed = (table["runtime"] for table in kernels.values())
         peaks, unmeasured = kernel_peaks(timed, settings.threads, progress)
     rows = site_rows_of(sites, measured, decision.chosen)

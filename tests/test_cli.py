@@ -20,7 +20,7 @@ from compress.render import count, size
 
 COMMANDS = (
     *("run", "build", "inspect", "bench", "compare", "check", "baseline", "profile", "plot"),
-    *("targets", "passes", "doctor"),
+    *("explain", "targets", "passes", "doctor"),
 )
 Cli = Callable[..., Any]
 QUICK = ("--time", 0, "--seconds", 0.5)

@@ -75,8 +75,9 @@ class Report:
         devices: where candidates were measured on other machines: this one first, then one row
             per device, fields of `compress.remote.OnDevice.to_dict`. `candidates` then hold the
             latencies of the device that `latency` names.
-        kernels: of the original and of the artifact, by candidate: `runtime`, and `rows` as
-            `compress.kernel_rows` makes them; profiled on this machine.
+        kernels: of the original and of the artifact (where that is the original, of the fastest
+            other), by candidate: `runtime`, and `rows` as `compress.kernel_rows` makes them;
+            profiled on this machine.
         peaks: by runtime of those kernels, fields of `compress.estimate.peaks.Peaks`.
         waterlines: by candidate, fields of `compress.waterline.Waterline`.
         plots: by kind, the file beside `report.md`.
