@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,7 +30,7 @@ SECONDS = 6.0
 def latency(
     model: Any,
     target: Target | str = "cpu",
-    source: Wanted = "auto",
+    source: str = "auto",
     *,
     predictor: Predictor | Path | str | None = None,
     sessions: int = SESSIONS,
@@ -52,7 +53,7 @@ def latency(
         model: whatever `compress.loading.load` takes, an artifact's directory among it where it
             holds `model.onnx`.
         target: where it will run; of several runtimes the first counts.
-        source: "auto" is predicted where a predictor of this place knows all kernels, else
+        source: "measured", "table", "predicted", "analytical", or "auto": predicted where a predictor of this place knows all kernels, else
             measured.
         predictor: instead of the one in the cache.
         sessions: of "measured".
@@ -71,7 +72,7 @@ def latency(
     target = create_target(target) if isinstance(target, str) else target
     require_target(target)
     target = runtimes(target)[0]
-    exported = _exported(model, target)
+    exported = to_onnx(open_model(model), target.capabilities.opset)
     if source == "auto":
         found = _if_known(exported, target, predictor)
         source = "measured"
@@ -88,16 +89,23 @@ def latency(
     return analytical(kernels, peaks, roofline_ratios(target, peaks, progress))
 
 
-def _exported(model: Any, target: Target) -> Model:
-    if isinstance(model, (str, Path)) and (Path(model) / "model.onnx").is_file():
-        model = Path(model) / "model.onnx"
-    elif isinstance(model, (str, Path)) and Path(model).is_dir():
-        raise LoadError(
-            f"{model} holds no model.onnx, so its operators cannot be estimated. `compress bench "
-            f"{model}` measures it."
-        )
-    loaded = model if isinstance(model, Model) else load(model)
-    return to_onnx(loaded, target.capabilities.opset)
+def open_model(source: Any, **options: Any) -> Model:
+    """Whatever `compress.loading.load` takes; of an artifact its `model.onnx`.
+
+    Raises:
+        LoadError: it cannot be read, or the artifact holds no such file.
+    """
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        path = Path(source) / "model.onnx"
+        if not path.is_file():
+            raise LoadError(
+                f"{source} holds no model.onnx, so its operators cannot be estimated. `compress "
+                f"bench {source}` measures it."
+            )
+        return dataclasses.replace(load(path), name=Path(source).name)
+    return load(source, **options)
 
 
 def _kernels(model: Model, target: Target) -> list[Any]:

@@ -149,7 +149,7 @@ def _median_us(call: Callable[[], object], seconds: float) -> float:
     for _ in range(3):
         call()
     start = last = perf_counter()
-    times = []
+    times: list[float] = []
     while last - start < seconds or len(times) < 5:
         call()
         now = perf_counter()
