@@ -53,8 +53,8 @@ def latency(
         model: whatever `compress.loading.load` takes, an artifact's directory among it where it
             holds `model.onnx`.
         target: where it will run; of several runtimes the first counts.
-        source: "measured", "table", "predicted", "analytical", or "auto": predicted where a predictor of this place knows all kernels, else
-            measured.
+        source: "measured", "table", "predicted", "analytical", or "auto": predicted where a
+            predictor of this place knows all kernels, else measured.
         predictor: instead of the one in the cache.
         sessions: of "measured".
         seconds: of all sessions together.
