@@ -17,6 +17,7 @@ from compress.errors import CompressError, EngineError, UnsupportedError, UsageE
 from compress.estimate.analytical import group
 from compress.estimate.features import Described
 from compress.estimate.fit import (
+    FEWEST_NETWORKS,
     FOLDS,
     Labels,
     TypePredictor,
@@ -113,7 +114,7 @@ def build_predictor(
 
     Raises:
         UnsupportedError: the target tells no times.
-        UsageError: the time was too short to learn anything.
+        UsageError: it refuses nearly all networks, so that there is nothing to learn from.
         MissingExtraError: XGBoost is not installed.
     """
     import_xgboost()
@@ -173,7 +174,9 @@ def _sampling(one: _Building, limit: float, windows: Sequence[Window]) -> Any:
     ends = [first + (limit - first) * (k + 1) / _ROUNDS for k in range(_ROUNDS)]
     bad: list[Window] = []
     looked = 0
-    while one.seconds < limit:
+    attempts = 0
+    while one.seconds < limit or (index < FEWEST_NETWORKS and attempts < 4 * FEWEST_NETWORKS):
+        attempts += 1
         rng = np.random.default_rng((one.seed, index))
         due = sum(one.seconds >= end for end in (first, *ends))
         if due > looked:
@@ -190,6 +193,8 @@ def _sampling(one: _Building, limit: float, windows: Sequence[Window]) -> Any:
             model = random_network(rng, f"random {index}", opset)
         one.add(model)
         index += 1
+        if attempts == 2 * FEWEST_NETWORKS and not one.samples:
+            return  # it refuses all of them
         yield min(one.seconds, limit)
 
 

@@ -184,5 +184,5 @@ def check_enough(samples: Sequence[Sample]) -> None:
     if networks < FEWEST_NETWORKS:
         raise UsageError(
             f"{networks} networks are too few to learn from; at least {FEWEST_NETWORKS} are "
-            f"needed. Give --minutes more."
+            f"needed. The runtime refused the others; `compress bench` says why."
         )

@@ -101,9 +101,7 @@ def reference_call(target: Target) -> Callable[[], object]:
     return lambda: engine(inputs)
 
 
-def take_sample(
-    target: Target, model: Model, reference: Callable[[], object], *, seconds: float = SECONDS
-) -> Sample:
+def take_sample(target: Target, model: Model, reference: Callable[[], object]) -> Sample:
     """Build a network, time it in turns with the reference, and profile its kernels.
 
     It is timed before and after the profiler ran; where the two disagree, somebody else used the
@@ -118,9 +116,9 @@ def take_sample(
         engine = target.build(model)
         inputs = model.example()
         calls = {"network": lambda: engine(inputs), "reference": reference}  # noqa: B023
-        before = measure(calls, seconds=seconds / 2, min_blocks=_BLOCKS)
+        before = measure(calls, seconds=SECONDS / 2, min_blocks=_BLOCKS)
         times = engine.profile(inputs, RUNS)
-        after = measure(calls, seconds=seconds / 2, min_blocks=_BLOCKS)
+        after = measure(calls, seconds=SECONDS / 2, min_blocks=_BLOCKS)
         total, clock = (
             [found.timings[name].p50_ms for found in (before, after)]
             for name in ("network", "reference")
