@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,7 @@ def build_predictor(
     one = _Building(target, path, seed, known, reference, time.perf_counter(), spent)
     limit = minutes * 60 - min(_FIT_SECONDS, minutes * 12)
     windows = [w for model in models for w in _windows_of(target, model)]
-    with progress(f"Sample networks on {target.name}", limit) as advance:
+    with _settled_heap(), progress(f"Sample networks on {target.name}", limit) as advance:
         at = 0.0
         for now in _sampling(one, limit, windows):
             advance(now - at, f"{len(one.samples)} samples")
@@ -166,7 +168,21 @@ def build_predictor(
     )
 
 
-def _sampling(one: _Building, limit: float, windows: Sequence[Window]) -> Any:
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Leave what is in memory now out of garbage collections, which `measure` begins with.
+
+    With all libraries loaded each takes longer than timing a network does.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _sampling(one: _Building, limit: float, windows: Sequence[Window]) -> Iterator[float]:
     """Add samples until the time is over; yields the seconds spent."""
     opset = one.target.capabilities.opset
     index = len({sample.network for sample in one.samples})

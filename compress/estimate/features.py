@@ -35,12 +35,15 @@ FEATURES = (
     "added",
     "activated",
     "constants",
+    "network",
 )
 """The columns of a kernel's features, in the order of `Described.values`. The first eight are
 counts, of which logarithms to base 2 of 1 + n are taken; "filled" is by how much the runtime made
 the weight larger, and "waste" the share by which channels grow when they are filled up to a
 multiple (the staircase); "added" and "activated" say what is
-fused; "constants" counts them, as integer kernels with a scale for each channel have more."""
+fused; "constants" counts them, as integer kernels with a scale for each channel have more;
+"network" is the logarithm of the bytes of all weights of the network and of the largest kernel's
+activations: whether they stay in a cache from one call to the next."""
 COUNTS = FEATURES[:8]
 _SIZES = ("macs", "bytes_read", "bytes_weights", "bytes_written")
 RANGED = (*_SIZES, "channels_in", "channels_out", "kernel", "stride")
@@ -97,13 +100,22 @@ def describe(kernels: Sequence[Kernel], sites: Mapping[str, Site]) -> list[Descr
     # Of several kernels of a site one has its arithmetic; without times, the one that multiplies.
     times = [KernelTime(k, 1.0 + any(w in k.op_type for w in _MULTIPLYING)) for k in kernels]
     rows = kernel_rows(times, macs)
+    held = math.log2(1 + _working_set(kernels))
     return [
-        _described(kernel, sites.get(kernel.site), int(row["macs"]))
+        _described(kernel, sites.get(kernel.site), int(row["macs"]), held)
         for kernel, row in zip(kernels, rows, strict=True)
     ]
 
 
-def _described(kernel: Kernel, site: Site | None, macs: int) -> Described:
+def _working_set(kernels: Sequence[Kernel]) -> int:
+    """Bytes of all weights, and of the activations that the largest kernel reads and writes."""
+    told = [kernel.tensors for kernel in kernels if kernel.tensors is not None]
+    weights = sum(one.bytes for tensors in told for one in tensors.weights)
+    moved = (sum(one.bytes for one in (*t.inputs, *t.outputs)) for t in told)
+    return weights + max(moved, default=0)
+
+
+def _described(kernel: Kernel, site: Site | None, macs: int, held: float) -> Described:
     tensors = kernel.tensors
     read, written, weight = _shapes(kernel, site)
     group = _group(weight, read)
@@ -135,6 +147,7 @@ def _described(kernel: Kernel, site: Site | None, macs: int) -> Described:
         "added": "Add" in kernel.fused,
         "activated": any(word not in ("", "Add") for word in kernel.fused.split("+")),
         "constants": len(tensors.weights) if tensors else 0,
+        "network": held,
     }
     values = [math.log2(1 + counts[name]) for name in COUNTS]
     values += [float(others[name]) for name in FEATURES[len(COUNTS) :]]

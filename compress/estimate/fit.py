@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from compress.errors import UsageError
+from compress.estimate.analytical import group
 from compress.estimate.features import RANGED, Described, matrix
 from compress.estimate.samples import Sample
 from compress.estimate.trees import Trees, fit_trees
@@ -60,15 +61,15 @@ class Labels:
     """Samples with the profiler's share taken out of their times.
 
     Attributes:
-        overhead_us: that the profiler adds to each kernel; negative where the runtime itself
-            leaves a gap between kernels.
+        overhead_us: that the profiler adds to each kernel, by `analytical.group`; negative where
+            the runtime itself leaves a gap between kernels.
         call_us: that a call takes besides its kernels.
         reference_ms: the clock that all times are normalised to.
         totals_us: of each network, normalised (networks,).
         times_us: of its kernels, which with `call_us` add up to the total.
     """
 
-    overhead_us: float
+    overhead_us: dict[str, float]
     call_us: float
     reference_ms: float
     totals_us: np.ndarray
@@ -78,28 +79,42 @@ class Labels:
 def label(samples: Sequence[Sample]) -> Labels:
     """Correct the times of kernels by those of whole networks.
 
-    total = a * sum of kernels - p * number of kernels + c, fitted to relative errors. Then each
-    network's kernels are scaled so that they add up to what it took in all.
+    total = a * sum of kernels - p * number of kernels + c, fitted to relative errors, with a p of
+    its own for networks in int8, whose kernels have more inputs for the profiler to describe. Then
+    each network's kernels are scaled so that they add up to what it took in all.
     """
     reference = float(np.median([one.reference_ms for one in samples]))
     drift = np.array([reference / one.reference_ms for one in samples])
     totals = np.array([one.total_ms for one in samples]) * 1e3 * drift
     sums = np.array([sum(one.times_us) for one in samples]) * drift
     counts = np.array([len(one.times_us) for one in samples], float)
-    terms = np.stack([sums, counts, -counts, np.ones(len(samples))], 1)
-    weights = 1 / totals
-    for _ in range(5):  # least absolute deviations by reweighting: a disturbed network counts less
-        (_, gap, share, call), _ = nnls(terms * weights[:, None], totals * weights)
-        (a, gap, share, call) = nnls(terms * weights[:, None], totals * weights)[0]
-        off = np.abs(terms @ np.array([a, gap, share, call]) / totals - 1)
-        weights = 1 / totals / np.sqrt(np.maximum(off, 0.01))
-    overhead = share - gap
+    groups = np.array([group(one.kernels) for one in samples])
+    overhead, call = _overheads(totals, sums, counts, groups)
     call = min(call, 0.5 * float(totals.min()))
     times = []
-    for one, factor, total in zip(samples, drift, totals, strict=True):
-        spent = np.maximum(np.array(one.times_us) * factor - overhead, _SMALLEST_US)
+    for one, factor, total, kind in zip(samples, drift, totals, groups, strict=True):
+        spent = np.maximum(np.array(one.times_us) * factor - overhead[kind], _SMALLEST_US)
         times.append(spent * (total - call) / spent.sum())
-    return Labels(float(overhead), float(call), reference, totals, tuple(times))
+    return Labels(overhead, call, reference, totals, tuple(times))
+
+
+def _overheads(
+    totals: np.ndarray, sums: np.ndarray, counts: np.ndarray, groups: np.ndarray
+) -> tuple[dict[str, float], float]:
+    """What the profiler adds to each kernel, by group, and what a call takes besides."""
+    names = sorted(set(groups))
+    columns = [sums, np.ones(len(totals))]
+    for name in names:
+        columns += [counts * (groups == name), -counts * (groups == name)]
+    terms = np.stack(columns, 1)
+    weights = 1 / totals
+    found = np.zeros(len(columns))
+    for _ in range(5):  # towards least absolute deviations: a disturbed network counts less
+        found = nnls(terms * weights[:, None], totals * weights)[0]
+        off = np.abs(terms @ found / totals - 1)
+        weights = 1 / totals / np.sqrt(np.maximum(off, 0.01))
+    shares = {name: float(found[3 + 2 * i] - found[2 + 2 * i]) for i, name in enumerate(names)}
+    return shares, float(found[1])
 
 
 def base_terms(rows: np.ndarray) -> np.ndarray:

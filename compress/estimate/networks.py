@@ -16,7 +16,7 @@ import numpy as np
 from compress.estimate.graphs import Network, Tensor
 from compress.model import Model
 
-MOST_MACS = 300e6
+MOST_MACS = 400e6
 """Of one network; larger ones cost time and teach little more, as time per MAC levels off."""
 _SIZES = (16, 24, 28, 32, 32, 32, 40, 48, 56, 64, 96, 112, 128, 160)
 _CLASSES = (2, 10, 12, 100, 100, 1000)
@@ -66,11 +66,11 @@ def random_network(rng: np.random.Generator, name: str, opset: int = 21) -> Mode
     x = _activation(network, x, "relu")
     if size >= 112 and rng.random() < 0.5:
         x = network.pool(x, "MaxPool", 3, 2)
-    budget = float(np.exp(rng.uniform(np.log(6e6), np.log(MOST_MACS))))
+    budget = float(np.exp(rng.uniform(np.log(MOST_MACS / 40), np.log(MOST_MACS))))
     block = _BLOCKS[int(rng.choice(len(_BLOCKS), p=_SHARES))]
     spent, channels = 0.0, float(x.shape[1])
-    for _ in range(int(rng.integers(2, 6))):
-        count = int(rng.integers(1, 6))
+    for _ in range(int(rng.integers(3, 7))):
+        count = int(rng.integers(1, 8))
         for index in range(count):
             down = 2 if index == 0 and x.shape[2] >= 6 and rng.random() < 0.7 else 1
             before = len(network.nodes)

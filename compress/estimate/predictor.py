@@ -36,8 +36,8 @@ class Predictor:
         place: where they were sampled.
         types: predictors by kernel type.
         call_us: that a call takes besides its kernels.
-        overhead_us: that the profiler added to each kernel, which was taken out; negative where
-            the runtime leaves a gap between kernels instead, which was put in.
+        overhead_us: that the profiler added to each kernel, by `analytical.group`, which was taken
+            out; negative where the runtime leaves a gap instead, which was put in.
         ratios: measured / predicted of networks that were held out, by `analytical.group`.
         peaks: of the place, for kernels that were never sampled.
         report: errors on what was held out, number of samples, machine and versions.
@@ -46,7 +46,7 @@ class Predictor:
     place: Place
     types: Mapping[str, TypePredictor]
     call_us: float
-    overhead_us: float
+    overhead_us: Mapping[str, float]
     ratios: Mapping[str, Sequence[float]]
     peaks: Peaks
     report: Mapping[str, Any]
@@ -124,7 +124,7 @@ class Predictor:
             "place": self.place.to_dict(),
             "features": list(FEATURES),
             "call_us": self.call_us,
-            "overhead_us": self.overhead_us,
+            "overhead_us": dict(self.overhead_us),
             "ratios": {name: list(values) for name, values in self.ratios.items()},
             "peaks": self.peaks.to_dict(),
             "report": dict(self.report),
@@ -145,8 +145,9 @@ class Predictor:
                     f"--build-predictor`; its samples are not lost."
                 )
             ratios = {str(k): [float(v) for v in found] for k, found in values["ratios"].items()}
-            numbers = [float(values["call_us"]), float(values["overhead_us"])]
-            every = [*numbers, *(v for found in ratios.values() for v in found)]
+            call = float(values["call_us"])
+            overhead = {str(k): float(v) for k, v in values["overhead_us"].items()}
+            every = [call, *overhead.values(), *(v for found in ratios.values() for v in found)]
             if not np.isfinite(every).all() or not any(ratios.values()):
                 raise ValueError("an error of held-out networks is missing or not finite")
             if min(v for found in ratios.values() for v in found) <= 0:
@@ -154,8 +155,8 @@ class Predictor:
             return cls(
                 Place.from_dict(values["place"]),
                 {str(k): _read_type(v) for k, v in values["types"].items()},
-                numbers[0],
-                numbers[1],
+                call,
+                overhead,
                 ratios,
                 Peaks.from_dict(values["peaks"]),
                 dict(values["report"]),
