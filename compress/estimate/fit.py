@@ -102,7 +102,7 @@ def _overheads(
     totals: np.ndarray, sums: np.ndarray, counts: np.ndarray, groups: np.ndarray
 ) -> tuple[dict[str, float], float]:
     """What the profiler adds to each kernel, by group, and what a call takes besides."""
-    names = sorted(set(groups))
+    names = sorted({str(name) for name in groups})
     columns = [sums, np.ones(len(totals))]
     for name in names:
         columns += [counts * (groups == name), -counts * (groups == name)]

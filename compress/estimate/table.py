@@ -185,7 +185,7 @@ def cut_site(model: Model, node: ir.Node, shapes: dict[str, tuple[int, ...]]) ->
         last = follower if follower.op_type == "QuantizeLinear" else last
     wanted: dict[int, ir.Node] = {}
     edges: dict[str, ir.Value] = {}
-    _collect(last, node, wanted, edges)
+    _collect(last, node, _constants(model.graph_model.graph), wanted, edges)
     order = [one for one in model.graph_model.graph if id(one) in wanted]
     specs = tuple(_spec(value, shapes) for value in edges.values())
     program = _submodel(model.graph_model, order, list(edges.values()), last.outputs[0], specs)
@@ -200,7 +200,11 @@ def _only_user(node: ir.Node) -> ir.Node | None:
 
 
 def _collect(
-    node: ir.Node, site: ir.Node, wanted: dict[int, ir.Node], edges: dict[str, ir.Value]
+    node: ir.Node,
+    site: ir.Node,
+    constants: frozenset[int],
+    wanted: dict[int, ir.Node],
+    edges: dict[str, ir.Value],
 ) -> None:
     """Nodes up to the site, what computes its constants, and the values that enter."""
     wanted[id(node)] = node
@@ -208,8 +212,8 @@ def _collect(
         if value is None or value.is_initializer():
             continue
         maker = value.producer()
-        if maker is not None and (_between(node, site) or _constant(maker)):
-            _collect(maker, site, wanted, edges)
+        if maker is not None and (_between(node, site) or id(maker) in constants):
+            _collect(maker, site, constants, wanted, edges)
         elif maker is not None and maker.op_type == "DequantizeLinear" and node is site:
             wanted[id(maker)] = maker
             for given in maker.inputs:
@@ -224,13 +228,15 @@ def _between(node: ir.Node, site: ir.Node) -> bool:
     return node is not site and node.op_type in (*_ACTIVATIONS, "QuantizeLinear")
 
 
-def _constant(node: ir.Node) -> bool:
-    return all(
-        value is None
-        or value.is_initializer()
-        or ((maker := value.producer()) is not None and _constant(maker))
-        for value in node.inputs
-    )
+def _constants(graph: ir.Graph) -> frozenset[int]:
+    """Identities of the nodes that depend on no input of the graph."""
+    found: set[int] = set()
+    for node in graph:
+        computed = (v for v in node.inputs if v is not None and not v.is_initializer())
+        makers = (value.producer() for value in computed)
+        if all(maker is not None and id(maker) in found for maker in makers):
+            found.add(id(node))
+    return frozenset(found)
 
 
 def _spec(value: ir.Value, shapes: dict[str, tuple[int, ...]]) -> TensorSpec:
