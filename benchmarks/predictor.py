@@ -184,7 +184,7 @@ def summarise(results: Results) -> dict[str, Any]:
         line = np.empty(len(names))
         for chosen in (int8, ~int8):
             line[chosen] = fitted_line(x[chosen], true[chosen])
-        estimates[f"{proxy}, a line through the networks themselves"] = line
+        estimates[f"{proxy}, fitted line"] = line
     groups = {"all": np.ones(len(names), bool)}
     for family in ("resnet56", "mobilenet_v2"):
         for precision in ("float32", "int8"):

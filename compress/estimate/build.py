@@ -291,7 +291,7 @@ class HeldOut:
         """Errors of networks and of kernels by type, for people."""
         groups = {}
         names = np.array([group(sample.kernels) for sample in samples])
-        for name in sorted(set(names)):
+        for name in sorted({str(name) for name in names}):
             chosen = names == name
             groups[name] = figures(self.predicted_us[chosen], self.totals_us[chosen])
         by_type: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -333,7 +333,7 @@ _TOWARDS_ONE = 30.0
 
 
 def held_out(
-    samples: Sequence[Sample], labels: Labels, seed: int = 0, rounds: int = 150
+    samples: Sequence[Sample], labels: Labels, seed: int = 0, rounds: int = 200
 ) -> HeldOut:
     """Predict every network by predictors that saw no form of it."""
     networks = sorted({sample.network for sample in samples})

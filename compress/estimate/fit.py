@@ -132,7 +132,7 @@ def base_terms(rows: np.ndarray) -> np.ndarray:
 
 
 def fit_types(
-    samples: Sequence[Sample], times: Sequence[np.ndarray], *, rounds: int = 150, seed: int = 0
+    samples: Sequence[Sample], times: Sequence[np.ndarray], *, rounds: int = 200, seed: int = 0
 ) -> dict[str, TypePredictor]:
     """A predictor for each kernel type among the samples.
 

@@ -63,11 +63,10 @@ def held_samples(target: Target, progress: Progress = silent) -> list[Sample]:
     except CompressError:
         path.unlink(missing_ok=True)
         known = []
-    models = held_models(target)
-    if len(known) >= len(models):
+    if known:  # written when all were measured
         return known
     path.unlink(missing_ok=True)
-    return _measured(target, models, path, progress)
+    return _measured(target, held_models(target), path, progress)
 
 
 def _measured(target: Target, models: list[Model], path: Path, progress: Progress) -> list[Sample]:
@@ -81,8 +80,11 @@ def _measured(target: Target, models: list[Model], path: Path, progress: Progres
             kernels = tuple(describe_engine(engine, model))
             samples.append(Sample(model.name, took, took, kernels, (0.0,) * len(kernels)))
             advance(1, model.name)
+    temporary = path.with_suffix(".part")
+    temporary.unlink(missing_ok=True)
     for sample in samples:
-        append_sample(path, place, sample)
+        append_sample(temporary, place, sample)
+    temporary.replace(path)
     return samples
 
 

@@ -120,7 +120,7 @@ def fit_trees(
     values: np.ndarray,
     weights: np.ndarray,
     *,
-    rounds: int = 150,
+    rounds: int = 200,
     depth: int = 5,
     seed: int = 0,
 ) -> Trees:
@@ -141,7 +141,7 @@ def fit_trees(
     settings = {
         "objective": "reg:squarederror",
         "max_depth": depth,
-        "eta": 0.08,
+        "eta": 0.06,
         "subsample": 0.8,
         "colsample_bytree": 0.8,
         "min_child_weight": 2.0 * float(np.mean(weights)),
