@@ -538,29 +538,56 @@ def baseline(
     "profile",
     "compress profile model.onnx --target cpu --threads 1",
     "compress profile model.onnx --out profile.json",
+    "compress profile --build-predictor --target cpu --threads 1 --minutes 20",
+    "compress profile --build-predictor mine.onnx other.onnx --target onnxruntime",
+    "compress profile model.onnx --threads 1 --source predicted",
 )
 def profile(
-    model: options.Source = None,
+    models: options.Sources = None,
     factory: options.Factory = None,
     target: options.TargetName = "cpu",
     inputs: options.Inputs = None,
     threads: options.Threads = None,
     runs: options.Runs = 20,
+    source: options.LatencySource = None,
+    build_predictor: options.BuildPredictor = False,
+    minutes: options.Minutes = 10.0,
+    predictor: options.PredictorFile = None,
     out: options.JsonFile = None,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show where the time goes, kernel by kernel.
+    """Show where the time goes, kernel by kernel; or estimate a latency, and learn to.
 
     Kernels are what the target made of the model after its own fusions. Where several runtimes
     serve the target, they are shown side by side, layer by layer. The first time on a machine its
     peak rates are measured too, some seconds, for the roofs of `compress plot`.
+
+    With --source the latency of the whole is measured or estimated, with its interval and where
+    the figure is from. With --build-predictor the times of kernels are learned on this machine.
     """
     specs = _specs(inputs)
+    given = models or []
+    if len(given) > 1 and not build_predictor:
+        raise UsageError(
+            f"profile takes one model, and {len(given)} were given: {', '.join(given)}. Several "
+            f"are for --build-predictor."
+        )
+    if build_predictor and source is not None:
+        raise UsageError(
+            "--build-predictor and --source exclude each other: build first, then estimate."
+        )
+    load = {"factory": factory, "inputs": specs, "trust_pickle": trust_pickle}
+    if build_predictor:
+        _build_predictors(given, target, threads, minutes, out, as_json, load)
+        return
+    if source is not None:
+        _estimate(given, target, source, threads, predictor, out, as_json, load)
+        return
     from compress import profiling, render
 
     report = profiling.profile(
-        model,
+        given[0] if given else None,
         target=target,
         threads=threads,
         factory=factory,
@@ -672,6 +699,56 @@ def explain_model(
     render_explanation(found, render.console())
     if markdown is not None:
         typer.echo(f"Written to {markdown}")
+
+
+def _build_predictors(
+    given: list[str],
+    target: str,
+    threads: int | None,
+    minutes: float,
+    out: Path | None,
+    as_json: bool,
+    load: dict[str, Any],
+) -> None:
+    from compress.estimate import commands, tables
+
+    built = commands.build_predictors(
+        target,
+        threads=threads,
+        minutes=minutes,
+        models=[commands.load_model(one, **load) for one in given],
+        out=out,
+        progress=_progress(),
+    )
+    if as_json:
+        _print_json({"predictors": [one.to_dict() for one in built]})
+    else:
+        tables.predictors(built)
+
+
+def _estimate(
+    given: list[str],
+    target: str,
+    source: str,
+    threads: int | None,
+    predictor: Path | None,
+    out: Path | None,
+    as_json: bool,
+    load: dict[str, Any],
+) -> None:
+    from compress.estimate import commands, tables
+
+    model = commands.load_model(given[0] if given else None, **load)
+    found = commands.estimate(
+        model, target, source, threads=threads, predictor=predictor, progress=_progress()
+    )
+    rows = {"model": model.name, "estimates": [one.to_dict() for one in found]}
+    if out is not None:
+        _write_json(out, rows)
+    if as_json:
+        _print_json(rows)
+    else:
+        tables.estimates(model.name, found)
 
 
 @_command("targets", "compress targets", "compress targets --devices", "compress targets --json")

@@ -16,6 +16,14 @@ Source = Annotated[
         show_default=False,
     ),
 ]
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="As for `run`; with --build-predictor any number of them, which it then knows best.",
+        show_default=False,
+    ),
+]
 Built = Annotated[
     str,
     typer.Argument(metavar="A", help="An artifact directory or a model file.", show_default=False),
@@ -199,6 +207,36 @@ JsonFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", help="Where the rows go as JSON.  [default: NAME-TARGET-profile.json]"
+    ),
+]
+LatencySource = Annotated[
+    Literal["auto", "measured", "table", "predicted", "analytical"] | None,
+    typer.Option(
+        "--source",
+        help="Estimate the latency of the whole instead: measured in several sessions, from a "
+        "table of sites timed alone, predicted from kernels that other networks taught, or from "
+        "measured peaks; auto is predicted where that knows all kernels, else measured.",
+        show_default=False,
+    ),
+]
+BuildPredictor = Annotated[
+    bool,
+    typer.Option(
+        "--build-predictor",
+        help="Learn the times of this machine's kernels instead, for --source predicted. Goes on "
+        "where it was stopped.",
+    ),
+]
+Minutes = Annotated[
+    float,
+    typer.Option(metavar="M", min=0.05, max=600, help="For --build-predictor, all runtimes."),
+]
+PredictorFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--predictor",
+        metavar="FILE",
+        help="For --source predicted.  [default: this machine's in the cache]",
     ),
 ]
 Others = Annotated[

@@ -48,6 +48,44 @@ class Prediction:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What one kernel needs at least.
+
+    Attributes:
+        macs: multiply-accumulates.
+        seconds: the larger of arithmetic and memory.
+        memory_bound: memory is the larger.
+    """
+
+    macs: float
+    seconds: float
+    memory_bound: bool
+
+
+def kernel_bound(macs: float, moved: float, peak: float, bandwidth: float) -> Bound:
+    """The roofline of one kernel (Williams, Waterman & Patterson 2009).
+
+    Args:
+        macs: multiply-accumulates.
+        moved: bytes to and from memory.
+        peak: multiply-accumulates per second.
+        bandwidth: bytes per second.
+    """
+    arithmetic, memory = macs / peak, moved / bandwidth
+    return Bound(macs, max(arithmetic, memory), memory > arithmetic)
+
+
+def waterline(bounds: Sequence[Bound]) -> float:
+    """Multiply-accumulates per second that a sequence of kernels can attain: sum n / sum t.
+
+    That is the mean of the kernels' attainable rates n / t, harmonic and weighted by their n
+    (arXiv 2404.03617); 0 for no arithmetic.
+    """
+    seconds = sum(one.seconds for one in bounds)
+    return sum(one.macs for one in bounds) / seconds if seconds else 0.0
+
+
 def predict(
     sites: Sequence[Site],
     device: DeviceSheet,
@@ -69,15 +107,15 @@ def predict(
         UnsupportedError: the device has no arithmetic at that precision.
     """
     bandwidth = device.bandwidth_gb_s.value * 1e9
-    total = starved = 0.0
+    bounds = []
     for site in sites:
         if site.op_type in FUSED:
             continue
         at = precision if narrow is None or site.name in narrow else "float32"
-        arithmetic = site.macs / _peak(device, at, cores)
-        memory = _elements(site) * _BYTES[at] / bandwidth
-        total += max(arithmetic, memory)
-        starved += memory if memory > arithmetic else 0.0
+        peak = _peak(device, at, cores)
+        bounds.append(kernel_bound(site.macs, _elements(site) * _BYTES[at], peak, bandwidth))
+    total = sum(one.seconds for one in bounds)
+    starved = sum(one.seconds for one in bounds if one.memory_bound)
     first = device.clusters[0].count
     return Prediction(
         precision=precision,

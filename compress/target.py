@@ -183,8 +183,11 @@ class TensorType:
         return math.ceil(math.prod(map(abs, self.shape)) * bits / 8)
 
 
-_BITS = {"bfloat16": 16, "float8": 8, "uint4": 4, "int4": 4, "uint2": 2, "int2": 2, "string": 0}
-"""Of the element types that numpy does not have."""
+_BITS = {
+    "bfloat16": 16, "float8": 8, "uint4": 4, "int4": 4, "uint2": 2, "int2": 2, "string": 0,
+    "dynamic": 0,
+}  # fmt: skip
+"""Of the element types that numpy does not have; OpenVINO calls "dynamic" what it does not know."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ def test_macs_go_to_the_longest_kernel_of_a_site() -> None:
 
 def test_bytes_of_types_that_numpy_lacks() -> None:
     shape = (1, 3, 5)
-    sizes = {name: TensorType(shape, name).bytes for name in ("bfloat16", "float8", "int4", "bool")}
-    assert sizes == {"bfloat16": 30, "float8": 15, "int4": 8, "bool": 15}
+    sizes = {
+        name: TensorType(shape, name).bytes
+        for name in ("bfloat16", "float8", "int4", "bool", "dynamic")
+    }
+    assert sizes == {"bfloat16": 30, "float8": 15, "int4": 8, "bool": 15, "dynamic": 0}
     assert TensorType((-1, 3), "float32").bytes == 12

@@ -5,23 +5,17 @@ from pathlib import Path
 import pytest
 
 from compress.errors import UnsupportedError
-from compress.estimate import peaks, place
-from compress.estimate.peaks import Peaks, cached_peaks, measure_peaks
+from compress.estimate import peaks
+from compress.estimate.peaks import Peaks, cached_peaks
 from compress.estimate.place import Place, place_of
 from compress.registry import create_target
 
 TARGET = create_target("onnxruntime", threads=1)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(place, "CACHE", tmp_path / "latency")
-    return tmp_path / "latency"
-
-
-@pytest.fixture(scope="module")
-def found() -> Peaks:
-    return measure_peaks(TARGET, seconds=0.3)
+@pytest.fixture
+def found(measured_peaks: Peaks) -> Peaks:
+    return measured_peaks
 
 
 def test_peaks_name_precisions_and_their_source(found: Peaks) -> None:
