@@ -11,14 +11,18 @@ from typing import Any
 from compress.candidates import HERE, Built, Measured, reasons, site_rows
 from compress.data import Data
 from compress.device_sheet import DeviceSheet
+from compress.errors import EngineError
 from compress.graph import Site, macs_in_subgraphs
-from compress.model import Model, Step
+from compress.kernel_rows import kernel_rows
+from compress.model import Arrays, Model, Step
 from compress.rewrites import STATISTICS
 from compress.roofline import predict
 from compress.search import Searched
 from compress.target import Kernel, ManyRuntimes, Shipped, Target
 from compress.variants import settings as settings_of
 
+_RUNS = 20
+"""Of each kernel under the profiler."""
 LISTED = 8
 """Operators that a sentence names; `compress profile` and `Engine.kernels` know all."""
 
@@ -228,3 +232,29 @@ def command_line() -> str:
     if Path(sys.argv[0]).name != "compress":
         return ""
     return shlex.join(["compress", *sys.argv[1:]])
+
+
+def kernel_tables(
+    built: Sequence[Built], inputs: Arrays, sites: Sequence[Site], batch: int = 1
+) -> dict[str, Mapping[str, Any]]:
+    """For the report: by candidate, its runtime and the rows of its kernels on this machine.
+
+    Candidates whose runtime tells no times are left out.
+
+    Args:
+        built: the candidates.
+        inputs: of one run.
+        sites: of the model, where a dynamic batch counts as one sample.
+        batch: samples in `inputs` where the model's batch is dynamic.
+    """
+    macs = {site.name: site.macs * batch for site in sites}
+    tables: dict[str, Mapping[str, Any]] = {}
+    for one in built:
+        try:
+            times = one.engine.profile(inputs, _RUNS)
+        except EngineError:  # the engine was measured; its profiler alone fails
+            continue
+        if times:
+            rows = kernel_rows(times, macs)
+            tables[one.candidate.name] = {"runtime": one.variant.target.name, "rows": rows}
+    return tables

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.candidates import Built
-from compress.errors import EngineError
-from compress.graph import Site
-from compress.model import Arrays
 from compress.target import KernelTime
 
-RUNS = 20
 _NO_ARITHMETIC = ("move", "convert")
 
 
@@ -62,29 +57,3 @@ def _row(one: KernelTime, total_us: float, macs: int) -> Mapping[str, Any]:
             for name in ("inputs", "weights", "outputs")
         },
     }
-
-
-def kernel_tables(
-    built: Sequence[Built], inputs: Arrays, sites: Sequence[Site], batch: int = 1
-) -> dict[str, Mapping[str, Any]]:
-    """For the report: by candidate, its runtime and the rows of its kernels on this machine.
-
-    Candidates whose runtime tells no times are left out.
-
-    Args:
-        built: the candidates.
-        inputs: of one run.
-        sites: of the model, where a dynamic batch counts as one sample.
-        batch: samples in `inputs` where the model's batch is dynamic.
-    """
-    macs = {site.name: site.macs * batch for site in sites}
-    tables: dict[str, Mapping[str, Any]] = {}
-    for one in built:
-        try:
-            times = one.engine.profile(inputs, RUNS)
-        except EngineError:  # the engine was measured; its profiler alone fails
-            continue
-        if times:
-            rows = kernel_rows(times, macs)
-            tables[one.candidate.name] = {"runtime": one.variant.target.name, "rows": rows}
-    return tables

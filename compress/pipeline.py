@@ -29,6 +29,7 @@ from compress.facts import (
     delegation,
     device_remarks,
     explained,
+    kernel_tables,
     model_facts,
     plan_of,
     predicted_facts,
@@ -43,7 +44,6 @@ from compress.facts import (
 from compress.gap import simulation_gap
 from compress.graph import graph_sha256, graph_sites
 from compress.kernel_peaks import kernel_peaks, waterlines
-from compress.kernel_rows import kernel_tables
 from compress.loading import load
 from compress.lowering import export, lower
 from compress.machine import fingerprint, this_machine, versions

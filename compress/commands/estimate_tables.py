@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from compress.estimate.commands import Built
+from compress.commands.estimates import Built
 from compress.estimate.result import Latency
 from compress.render import console
 

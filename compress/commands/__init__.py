@@ -1,0 +1,1 @@
+"""The commands of `compress`, in groups; importing a group registers its commands."""
