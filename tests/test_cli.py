@@ -19,8 +19,8 @@ from compress.exits import NOT_MET, STOPPED, UNEXPECTED, USAGE, explain
 from compress.render import count, size
 
 COMMANDS = (
-    *("run", "build", "inspect", "bench", "compare", "check", "baseline", "profile", "plot"),
-    *("explain", "targets", "passes", "doctor"),
+    *("run", "build", "inspect", "profile", "explain", "plot"),
+    *("bench", "compare", "check", "baseline", "targets", "passes", "doctor"),
 )
 Cli = Callable[..., Any]
 QUICK = ("--time", 0, "--seconds", 0.5)

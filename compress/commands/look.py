@@ -79,7 +79,7 @@ def profile(
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show where the time goes, kernel by kernel; or estimate a latency, and learn to.
+    """Show where the time goes by kernel, or estimate a latency.
 
     Kernels are what the target made of the model after its own fusions. Where several runtimes
     serve the target, they are shown side by side, layer by layer. The first time on a machine its
