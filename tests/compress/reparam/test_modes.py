@@ -20,11 +20,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from compress import reparam
 from compress.errors import UnsupportedError, UsageError
 from compress.export import to_onnx
-from compress.model import Model
+from compress.loading import load
 from compress.reference import reference_session, run
 from compress.reparam import Pair
 from compress.reparam.layers import Frozen, Swapped
-from compress.testing import IMAGE, tiny_convnet
+from compress.testing import IMAGE, tiny_convnet, tiny_exported
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TINY_PAIRS = (Pair("0", "1"), Pair("4.depthwise", "4.bn1"), Pair("4.pointwise", "4.bn2"))
@@ -453,9 +453,8 @@ def test_parametrized_batchnorm_is_left_alone() -> None:
 
 def test_the_exported_graph_is_that_of_eval_mode() -> None:
     net = tiny_convnet()
-    expected = to_onnx(Model(copy.deepcopy(net), (IMAGE,), "tiny"), 21)
     reparam.set_mode(net, "tune", IMAGES)
-    got = to_onnx(Model(net, (IMAGE,), "tiny"), 21)
+    expected, got = tiny_exported(21), to_onnx(load(net, inputs=[IMAGE]), 21)
     nodes = [[(n.op_type, n.name) for n in m.graph_model.graph] for m in (got, expected)]
     assert nodes[0] == nodes[1]
     assert any(op == "BatchNormalization" for op, _ in nodes[0])
