@@ -136,7 +136,11 @@ def call(model: nn.Module, example: Any) -> Any:
     places = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(places)), torch.no_grad():
-            torch.manual_seed(0)
+            # Not torch.manual_seed, which would also seed devices whose state is not kept.
+            torch.default_generator.manual_seed(0)
+            for place in places:
+                with torch.cuda.device(place):
+                    torch.cuda.manual_seed(0)
             if isinstance(example, dict):
                 return model(**example)
             return model(*example) if isinstance(example, (tuple, list)) else model(example)

@@ -97,7 +97,8 @@ def set_mode(model: nn.Module, mode: Mode, example_inputs: Any = None) -> ModeRe
     Raises:
         UsageError: the mode is unknown, the model was deployed, or it can be neither traced nor
             run.
-        UnsupportedError: in tune mode the model returns something else on the example.
+        UnsupportedError: folded, the model returns something else on the example; nothing
+            has changed then.
     """
     if mode not in get_args(Mode):
         raise UsageError(f"Mode {mode!r} is unknown; there are {', '.join(get_args(Mode))}.")
@@ -115,9 +116,8 @@ def set_mode(model: nn.Module, mode: Mode, example_inputs: Any = None) -> ModeRe
         if mode == "eval":
             return ModeReport(mode)
         found = find_pairs(model, example_inputs)
-        if mode == "tune":
-            _tune(model, found, example_inputs)
-        else:
+        _tune(model, found, example_inputs)
+        if mode == "deploy":
             _deploy(model, found)
     except BaseException:
         restore(before)
@@ -144,8 +144,8 @@ def tune(model: nn.Module, example_inputs: Any = None) -> Iterator[ModeReport]:
 @torch.no_grad()
 def _tune(model: nn.Module, found: Found, example: Any) -> None:
     for pair in found.pairs:
-        norm = model.get_submodule(pair.norm)
-        pair_up(model.get_submodule(pair.layer), norm)  # type: ignore[arg-type]
+        norm: Any = model.get_submodule(pair.norm)
+        pair_up(model.get_submodule(pair.layer), norm)
     if found.outputs is None:
         return
     with flags(model, False):
@@ -158,22 +158,24 @@ def _tune(model: nn.Module, found: Found, example: Any) -> None:
         if not torch.isclose(mine, theirs, rtol=0, atol=limit, equal_nan=True).all():
             raise UnsupportedError(
                 f"{type(model).__name__} differs from itself by "
-                f"{float((mine - theirs).abs().max()):.3g} in tune mode, where its outputs reach "
-                f"{largest:.3g}. It may depend on more than its inputs, or gamma and the running "
-                f"variances are so extreme that folding them loses digits. Stay in eval mode."
+                f"{float((mine - theirs).abs().max()):.3g} with its BatchNorm folded, where its "
+                f"outputs reach {largest:.3g}. It may depend on more than its inputs, or gamma and "
+                f"the running variances are too extreme for folding. Stay in eval mode."
             )
 
 
 @torch.no_grad()
 def _deploy(model: nn.Module, found: Found) -> None:
     for pair in found.pairs:
-        layer, norm = model.get_submodule(pair.layer), model.get_submodule(pair.norm)
-        weight, bias = folded(layer, norm, torch.float64)  # type: ignore[arg-type]
-        layer.weight.copy_(weight)  # type: ignore[operator]
+        layer: Any = model.get_submodule(pair.layer)
+        norm: Any = model.get_submodule(pair.norm)
+        unswap(layer)
+        weight, bias = folded(layer, norm, torch.float64)
+        layer.weight.copy_(weight)
         if layer.bias is None:
-            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)  # type: ignore[arg-type]
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
         else:
-            layer.bias.copy_(bias)  # type: ignore[operator]
+            layer.bias.copy_(bias)
         replace_module(model, norm, Merged())
 
 

@@ -63,7 +63,7 @@ class Found:
     Attributes:
         pairs: in the order of the model's modules.
         left: reasons by the name of each other BatchNorm.
-        calls: how often each layer was called in one run, by name.
+        calls: how often each layer was called in one run at most, by name.
         outputs: what the model returned in eval mode; None where nothing was run.
     """
 
@@ -139,7 +139,8 @@ def _judge(model: nn.Module, flows: Sequence[Flow], outputs: Any) -> Found:
             left[name] = reason
         else:
             pairs.append(Pair(names[layer], name))  # type: ignore[index]
-    calls = {names[m]: n for flow in flows for m, n in flow.calls.items()}
+    called = {module for flow in flows for module in flow.calls}
+    calls = {names[m]: max(flow.calls[m] for flow in flows) for m in called}
     return Found(tuple(pairs), left, calls, outputs)
 
 

@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +23,12 @@ from compress import reparam
 from compress.errors import UnsupportedError, UsageError
 from compress.export import to_onnx
 from compress.loading import load
+from compress.passes import Context
 from compress.reference import reference_session, run
 from compress.reparam import Pair
 from compress.reparam.layers import Frozen, Swapped
-from compress.testing import IMAGE, tiny_convnet, tiny_exported
+from compress.rewrites import FoldBatchNorm
+from compress.testing import IMAGE, NullTarget, tiny_convnet, tiny_exported, tiny_model
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TINY_PAIRS = (Pair("0", "1"), Pair("4.depthwise", "4.bn1"), Pair("4.pointwise", "4.bn2"))
@@ -471,6 +475,22 @@ def test_the_exported_graph_is_that_of_eval_mode() -> None:
         np.testing.assert_array_equal(mine[name], array)
 
 
+def test_deployed_weights_are_those_of_the_onnx_pass() -> None:
+    net = tiny_convnet()
+    reparam.set_mode(net, "deploy")
+    folded = FoldBatchNorm().apply(
+        tiny_exported(21), Context(target=NullTarget(), original=tiny_model())
+    )
+    assert folded.history[-1].details["folded"] == 3
+    constants = folded.graph_model.graph.initializers
+    for name in ("0.weight", "4.depthwise.bias", "4.pointwise.weight"):
+        value = constants[name].const_value
+        assert value is not None
+        np.testing.assert_allclose(
+            net.state_dict()[name].numpy(), value.numpy(), rtol=1e-6, atol=1e-7
+        )
+
+
 def test_training_steps_are_those_of_eval() -> None:
     labels = torch.tensor([1, 3])
     losses: dict[str, list[float]] = {}
@@ -488,3 +508,15 @@ def test_training_steps_are_those_of_eval() -> None:
             losses[mode].append(loss.item())
     np.testing.assert_allclose(losses["tune"], losses["eval"], rtol=1e-9)
     assert losses["eval"][-1] < 0.5 * losses["eval"][0]
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import sys; import compress.reparam; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(reparam.__all__) <= set(dir(reparam))
+    assert all(getattr(reparam, name).__doc__ for name in reparam.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'retune'"):
+        reparam.retune  # noqa: B018
