@@ -36,7 +36,7 @@ def of_layer(weight: Tensor, bias: Tensor | None) -> Kernel:
 
 
 def identity(channels: int, groups: int, rank: int, like: Tensor) -> Kernel:
-    """The convolution 1x1 that returns its input (transform IV): K[i, i mod C/g] = 1."""
+    """The convolution 1x1 that returns its input, as RepVGG has it: K[i, i mod C/g] = 1."""
     weight = torch.zeros(channels, channels // groups, dtype=torch.float64, device=like.device)
     rows = torch.arange(channels, device=like.device)
     weight[rows, rows % (channels // groups)] = 1
@@ -78,7 +78,7 @@ def point_then(first: Kernel, second: Kernel, groups: int) -> Kernel:
 
 
 def placed(kernel: Kernel, size: tuple[int, ...], start: tuple[int, ...]) -> Kernel:
-    """A smaller window inside a larger one, zero around it (transforms VI and XI).
+    """A smaller window inside a larger one, zero around it (transform VI).
 
     Args:
         kernel: the smaller one.

@@ -64,7 +64,7 @@ def plain_networks(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, ...]]:
     return net, (3, inputs, *(8,) * rank)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(network=plain_networks(), kind=st.sampled_from(KINDS))
 def test_expanding_and_merging_are_exact(
     network: tuple[nn.Sequential, tuple[int, ...]], kind: Kind

@@ -96,7 +96,7 @@ def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(block=blocks())
 def test_outputs_and_gradients_are_those_of_eval(dtype: torch.dtype, block: Block) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -114,7 +114,7 @@ def test_outputs_and_gradients_are_those_of_eval(dtype: torch.dtype, block: Bloc
         assert error(got[name], value) <= LIMITS[dtype], name
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(block=blocks())
 def test_deploy_computes_the_same(block: Block) -> None:
     generator = torch.Generator().manual_seed(3)
