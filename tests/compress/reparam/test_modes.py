@@ -28,7 +28,7 @@ from compress.reference import reference_session, run
 from compress.reparam import Pair
 from compress.reparam.layers import Frozen, Swapped
 from compress.rewrites import FoldBatchNorm
-from compress.testing import IMAGE, NullTarget, tiny_convnet, tiny_exported, tiny_model
+from compress.testing import NullTarget, tiny_convnet, tiny_exported, tiny_model
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TINY_PAIRS = (Pair("0", "1"), Pair("4.depthwise", "4.bn1"), Pair("4.pointwise", "4.bn2"))
