@@ -500,12 +500,12 @@ def test_deployed_weights_are_those_of_the_onnx_pass() -> None:
     )
     assert folded.history[-1].details["folded"] == 3
     constants = folded.graph_model.graph.initializers
-    for name in ("0.weight", "4.depthwise.bias", "4.pointwise.weight"):
+    names = ("0.weight", "0.bias", "4.pointwise.weight", "4.pointwise.bias", "4.depthwise.weight")
+    for name in names:
         value = constants[name].const_value
         assert value is not None
-        np.testing.assert_allclose(
-            net.state_dict()[name].numpy(), value.numpy(), rtol=1e-6, atol=1e-7
-        )
+        deployed = net.state_dict()[name].numpy()
+        np.testing.assert_allclose(deployed, value.numpy(), rtol=1e-6, atol=1e-7)
 
 
 def test_training_steps_are_those_of_eval() -> None:
