@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -273,9 +274,12 @@ def _cp(weight: np.ndarray) -> Maker:
         if rank == full:
             factors = _unit_factors(weight)
         else:
-            scales, factors = decomposition.parafac(
-                weight, rank=rank, n_iter_max=ITERATIONS, tol=1e-7, random_state=0
-            )
+            with warnings.catch_warnings():
+                # Beyond the size of an axis the start is random: said, and meant.
+                warnings.filterwarnings("ignore", "Trying to compute SVD", UserWarning)
+                scales, factors = decomposition.parafac(
+                    weight, rank=rank, n_iter_max=ITERATIONS, tol=1e-7, random_state=0
+                )
             factors = _balanced(scales, factors)
         nowhere = (False,) * axes
         links = [Link(factors[1].T.reshape(rank, -1, *[1] * axes).copy(), 1, nowhere)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_the_error_of_an_svd_is_the_energy_of_its_tail(
     ]
     tails = [squares[rank:].sum() for rank in range(1, len(squares) + 1)]
     np.testing.assert_allclose(errors, tails, atol=1e-10 * squares.sum())
-    assert all(a >= b - 1e-10 * squares.sum() for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a >= b - 1e-10 * squares.sum() for a, b in itertools.pairwise(errors))
 
 
 @needs_tensorly
