@@ -186,7 +186,8 @@ def random_links(
 
 def dense(links: Sequence[Link]) -> np.ndarray:
     """The weight of the one convolution that a chain equals, (T, S / groups, *kernel)."""
-    return functools.reduce(_compose, links[1:], links[0].weight)
+    found: np.ndarray = functools.reduce(_compose, links[1:], links[0].weight)
+    return found
 
 
 def _compose(before: np.ndarray, link: Link) -> np.ndarray:
@@ -194,7 +195,7 @@ def _compose(before: np.ndarray, link: Link) -> np.ndarray:
     groups = link.groups
     first = before.reshape(groups, -1, *before.shape[1:])
     second = link.weight.reshape(groups, -1, *link.weight.shape[1:])
-    product = np.einsum("gom...,gms...->gos...", second, first, optimize=True)
+    product: np.ndarray = np.einsum("gom...,gms...->gos...", second, first, optimize=True)
     return product.reshape(-1, *product.shape[2:])
 
 
@@ -299,7 +300,7 @@ def _unit_factors(weight: np.ndarray) -> list[np.ndarray]:
     others = [i for i in range(weight.ndim) if i != largest]
     places = list(itertools.product(*(range(weight.shape[i]) for i in others)))
     factors = [np.zeros((size, len(places))) for size in weight.shape]
-    moved = np.moveaxis(weight, largest, 0)
+    moved: Any = np.moveaxis(weight, largest, 0)
     for term, place in enumerate(places):
         factors[largest][:, term] = moved[(slice(None), *place)]
         for axis, index in zip(others, place, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -97,12 +97,13 @@ def _part(layer: Layer, link: Link, last: bool) -> nn.Module:
     bias = layer.bias if last else None
     weight = torch.from_numpy(link.weight)
     how = {"bias": bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    make: Any = nn.utils.skip_init  # weights follow
     made: Layer
     outputs, inputs = link.out, link.weight.shape[1] * link.groups
     if isinstance(layer, nn.Linear):
-        made = nn.utils.skip_init(nn.Linear, inputs, outputs, **how)  # type: ignore[assignment]
+        made = make(nn.Linear, inputs, outputs, **how)
     else:
-        made = nn.utils.skip_init(  # type: ignore[assignment]
+        made = make(
             type(layer),
             inputs,
             outputs,
