@@ -27,7 +27,7 @@ from compress.variants import settings
 
 CANDIDATE_SECONDS = 0.25
 """For each candidate, and the original among them."""
-SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)
+SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625)
 """Of the full rank; rounded to multiples."""
 MULTIPLE = 8
 """Runtimes on CPUs compute channels in vectors of this size (AVX2, float32) or of twice that."""
