@@ -5,10 +5,11 @@
 
 Accuracy: ResNet-56 on CIFAR-10, every 3x3 convolution but the first factorised at 1/4, 1/2 and 3/4
 of the full rank (of CP, of the number of channels), before and after a short fine-tuning with the
-original as teacher; the row `original` is the original fine-tuned as long, for it has room to gain. Latency: the
-same chains in ONNX Runtime and OpenVINO, one thread, batch 1, all of them interleaved with the
-original in one process, beside their multiply-accumulates; then networks with wide layers, with
-random weights where only time is of interest. Last, what `low_rank` itself picks at its defaults.
+original as teacher; the row `original` is the original fine-tuned as long, for it has room to
+gain. Latency: the same chains in ONNX Runtime and OpenVINO, one thread, batch 1, all of them
+interleaved with the original in one process, beside their multiply-accumulates; then networks with
+wide layers, with random weights where only time is of interest. Last, what `low_rank` itself picks
+at its defaults.
 
 `pruned` stays empty: it is the place for channel pruning to the same latency, which the project
 does not have yet.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from compress.data import load_data
@@ -37,7 +38,7 @@ class LowRank:
         methods: of "channel_svd", "spatial_svd", "tucker" and "cp"; the last two need tensorly.
         max_error: largest error.
         speedup: of the network over what it was; takes the place of `max_error`.
-        seconds: to time and judge candidates; layers that are left are not tried, largest first.
+        seconds: to time and judge candidates, the largest layers first; what is left is not tried.
     """
 
     methods: tuple[Method, ...] = ("channel_svd", "spatial_svd")
@@ -101,6 +102,7 @@ def low_rank(
     *,
     data: Any = None,
     seed: int = 0,
+    cache: Path | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Model:
@@ -111,6 +113,7 @@ def low_rank(
         target: one runtime, or its name; of a target with several the first.
         data: calibration data as `compress.data.load_data` takes them, or None.
         seed: of the order of measurements.
+        cache: folder where times of layers are kept, or None.
         progress: opens a tracker in seconds.
         options: of `LowRank`.
 

@@ -30,7 +30,8 @@ SMALLEST_SHARE = 0.002
 """Of all multiply-accumulates; a layer below it cannot change the time of the network."""
 ATTEMPTS = 5
 """To keep the limit: errors of single layers add up only while they are small."""
-CONFIRM_SECONDS = 4.0
+CONFIRM_SHARE = 1 / 15
+"""Of `seconds`, and beyond them: to time the whole network at the end."""
 ERROR_SHARE = 0.5
 """Of `seconds`: for the errors of those candidates that are faster."""
 Errors: TypeAlias = WeightErrors | OutputErrors
@@ -203,7 +204,7 @@ class Search:
             return {n: lambda engine=engine: engine(inputs) for n, engine in engines.items()}
 
         sessions = 2 if made is not None else 1
-        seconds = CONFIRM_SECONDS / 2 * sessions
+        seconds = CONFIRM_SHARE / 2 * sessions * self.seconds
         return measure_sessions(
             calls, sessions=sessions, seconds=seconds, margin=0.0, seed=self.context.seed
         )

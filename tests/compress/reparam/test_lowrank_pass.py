@@ -50,6 +50,12 @@ def wide(onnx_model: Build) -> Model:
     return onnx_model(WIDE, a=weight.astype(np.float32), b=(2048,), c=(2048, 16))
 
 
+@pytest.fixture(scope="module")
+def times(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was timed in one test is known in the next."""
+    return tmp_path_factory.mktemp("times")
+
+
 def outputs(model: Model, batch: int = 3) -> np.ndarray:
     found = run(reference_session(model.graph_model), model.example(batch))
     return next(iter(found.values()))
@@ -190,11 +196,11 @@ def test_directions_of_the_outputs_lose_least_on_the_data(onnx_model: Build) -> 
     np.testing.assert_allclose(full, layer.weight, atol=1e-5)
 
 
-def test_a_wide_layer_of_low_rank_is_factorised(wide: Model) -> None:
+def test_a_wide_layer_of_low_rank_is_factorised(wide: Model, times: Path) -> None:
     # 16 times fewer multiply-accumulates and bytes: faster on any machine.
     before = outputs(wide)
     x = wide.example(16)["x"]
-    done = low_rank(wide, TARGET, data=x, methods=("channel_svd",), seconds=10)
+    done = low_rank(wide, TARGET, data=x, cache=times, methods=("channel_svd",), seconds=2)
     details = done.history[-1].details
     assert details["applied"] == 1
     assert details["error"] < 1e-6
@@ -208,9 +214,9 @@ def test_a_wide_layer_of_low_rank_is_factorised(wide: Model) -> None:
     assert step_facts(done.history[-1])["details"]["remark"]
 
 
-def test_nothing_is_applied_beyond_the_error(onnx_model: Build) -> None:
+def test_nothing_is_applied_beyond_the_error(onnx_model: Build, times: Path) -> None:
     model = onnx_model(WIDE, a=(2048, 512), b=(2048,), c=(2048, 16))
-    done = low_rank(model, TARGET, methods=("channel_svd",), max_error=1e-4, seconds=10)
+    done = low_rank(model, TARGET, cache=times, methods=("channel_svd",), max_error=1e-4, seconds=2)
     details = done.history[-1].details
     assert details["applied"] == 0
     assert details["error_of"] == "weights"
@@ -256,9 +262,11 @@ def test_the_knapsack_takes_the_fastest_within_the_error_and_the_least_error_in_
     assert search._solve(0.005) == {}
 
 
-def test_a_speed_up_is_reached_with_the_least_error(wide: Model) -> None:
+def test_a_speed_up_is_reached_with_the_least_error(wide: Model, times: Path) -> None:
     x = wide.example(16)["x"]
-    done = low_rank(wide, TARGET, data=x, methods=("channel_svd",), speedup=1.05, seconds=10)
+    done = low_rank(
+        wide, TARGET, data=x, cache=times, methods=("channel_svd",), speedup=1.05, seconds=2
+    )
     details = done.history[-1].details
     assert details["applied"] == 1
     assert details["error"] < 1e-6
@@ -285,15 +293,15 @@ def test_a_recipe_can_name_it() -> None:
 
 
 class TestLowRank(PassContract):
-    step = LowRank(methods=("channel_svd",), seconds=5)
+    step = LowRank(methods=("channel_svd",), seconds=2)
     target = TARGET
 
     @pytest.fixture(autouse=True)
-    def _model(self, wide: Model) -> None:
-        self.wide = wide
+    def _model(self, wide: Model, times: Path) -> None:
+        self.wide, self.cache = wide, times
 
     def model(self) -> Model:
         return dataclasses.replace(self.wide, program=self.wide.graph_model.clone())
 
     def context(self, model: Model) -> Context:
-        return Context(target=self.target, original=self.wide)
+        return Context(target=self.target, original=self.wide, cache=self.cache)
