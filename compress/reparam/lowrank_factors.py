@@ -54,9 +54,23 @@ class Link:
     spans: tuple[bool, ...]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.shape
+
+    @property
     def out(self) -> int:
         """Output channels."""
         return len(self.weight)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A link without its numbers; see `Link`."""
+
+    shape: tuple[int, ...]
+    groups: int
+    spans: tuple[bool, ...]
 
 
 Maker: TypeAlias = Callable[[Ranks], list[Link]]
@@ -141,46 +155,53 @@ def decompose(
     return make
 
 
+def forms(shape: Sequence[int], groups: int, method: Method, ranks: Ranks) -> list[Form]:
+    """What a chain of these ranks is made of.
+
+    Args:
+        shape: of the weight, (T, S / groups, *kernel).
+        groups: of channels.
+        method: one of `METHODS`.
+        ranks: for each group.
+
+    Raises:
+        UsageError: the method does not apply to such a layer, or a rank is out of range.
+    """
+    check_ranks(ranks, shape, groups, method)
+    outputs, inputs, *kernel = shape
+    rank, axes = ranks[0] * groups, len(kernel)
+    ones, everywhere, nowhere = [1] * axes, (True,) * axes, (False,) * axes
+    first = Form((rank, inputs, *ones), groups, nowhere)
+    last = Form((outputs, ranks[-1], *ones), groups, nowhere)
+    match method:
+        case "channel_svd":
+            return [Form((rank, inputs, *kernel), groups, everywhere), last]
+        case "spatial_svd":
+            vertical = Form((rank, inputs, kernel[0], 1), groups, (True, False))
+            return [vertical, Form((outputs, ranks[0], 1, kernel[1]), groups, (False, True))]
+        case "tucker":
+            core = Form((ranks[1] * groups, ranks[0], *kernel), groups, everywhere)
+            return [first, core, last]
+        case "cp":
+            along = []
+            for axis in range(axes):
+                window = [size if i == axis else 1 for i, size in enumerate(kernel)]
+                spans = tuple(i == axis for i in range(axes))
+                along.append(Form((rank, 1, *window), rank, spans))
+            return [first, *along, last]
+
+
 def random_links(
     shape: Sequence[int], groups: int, method: Method, ranks: Ranks, rng: np.random.Generator
 ) -> list[Link]:
-    """A chain of these ranks with random weights of variance 1 / fan-in."""
-    check_ranks(ranks, shape, groups, method)
-    per_group, inputs, *kernel = (shape[0] // groups, *shape[1:])
-    ones = [1] * len(kernel)
-    everywhere, nowhere = (True,) * len(kernel), (False,) * len(kernel)
-    forms: list[tuple[list[int], tuple[bool, ...], bool]]
-    match method:
-        case "channel_svd":
-            forms = [
-                ([ranks[0], inputs, *kernel], everywhere, False),
-                ([per_group, ranks[0], *ones], nowhere, False),
-            ]
-        case "spatial_svd":
-            forms = [
-                ([ranks[0], inputs, kernel[0], 1], (True, False), False),
-                ([per_group, ranks[0], 1, kernel[1]], (False, True), False),
-            ]
-        case "tucker":
-            forms = [
-                ([ranks[0], inputs, *ones], nowhere, False),
-                ([ranks[1], ranks[0], *kernel], everywhere, False),
-                ([per_group, ranks[1], *ones], nowhere, False),
-            ]
-        case "cp":
-            forms = [([ranks[0], inputs, *ones], nowhere, False)]
-            for axis in range(len(kernel)):
-                spans = tuple(i == axis for i in range(len(kernel)))
-                window = [k if i == axis else 1 for i, k in enumerate(kernel)]
-                forms.append(([ranks[0], 1, *window], spans, True))
-            forms.append(([per_group, ranks[0], *ones], nowhere, False))
+    """A chain of these ranks with random weights of variance 1 / fan-in; see `forms`."""
     return [
         Link(
-            rng.standard_normal((form[0] * groups, *form[1:])) / math.sqrt(math.prod(form[1:])),
-            groups * form[0] if depthwise else groups,
-            spans,
+            rng.standard_normal(form.shape) / math.sqrt(math.prod(form.shape[1:])),
+            form.groups,
+            form.spans,
         )
-        for form, spans, depthwise in forms
+        for form in forms(shape, groups, method, ranks)
     ]
 
 

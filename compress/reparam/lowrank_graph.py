@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from compress.graph import infer_shapes
 from compress.model import Model, TensorSpec
-from compress.reparam.lowrank_factors import Link
+from compress.reparam.lowrank_factors import Form, Link
 from compress.rewrites import constant_array, new_constant, replace_node
 
 FUSED = ("Relu", "Clip")
@@ -54,15 +54,15 @@ class Layer:
         shapes = (self.weight.shape, self.groups, self.source, self.out)
         return (self.op_type, *shapes, self.bias is not None, self.activation, attributes)
 
-    def chain_macs(self, links: Sequence[Link]) -> int:
+    def chain_macs(self, links: Sequence[Link | Form]) -> int:
         """Multiply-accumulates of a chain in its place."""
         if self.op_type != "Conv":
-            return self.macs // self.weight.size * sum(link.weight.size for link in links)
+            return self.macs // self.weight.size * sum(math.prod(link.shape) for link in links)
         sizes, total = self.source[2:], 0
         for link in links:
             both = zip(sizes, self.out[2:], link.spans, strict=True)
             sizes = tuple(after if span else before for before, after, span in both)
-            total += self.source[0] * link.weight.size * math.prod(sizes)
+            total += self.source[0] * math.prod(link.shape) * math.prod(sizes)
         return total
 
 

@@ -72,7 +72,6 @@ class Search:
         self.found = found
         self.layers = {layer.name: layer for layer in sorted(large, key=lambda x: -x.macs)}
         self.chains: dict[tuple[str, str], list[Link]] = {}
-        self.weights: dict[tuple[str, str], np.ndarray] = {}
         self.errors: Errors = WeightErrors(found)
 
     def time_layers(self, advance: Callable[..., None]) -> None:
@@ -109,9 +108,7 @@ class Search:
         for layer in layers:
             self._decompose(layer, bases.get(layer.name))
             self.losses[layer.name] = {
-                str(one.option): self.errors(
-                    {layer.name: self.weights[layer.name, str(one.option)]}
-                )
+                str(one.option): self._error({layer.name: str(one.option)})
                 for one in self.faster[layer.name]
             }
         advance(time.monotonic() - start)
@@ -124,9 +121,11 @@ class Search:
             make = decompose(layer.weight, layer.groups, method, own)
             for option in wanted:
                 if option.method == method:
-                    links = make(option.ranks)
-                    self.chains[layer.name, str(option)] = links
-                    self.weights[layer.name, str(option)] = dense(links)
+                    self.chains[layer.name, str(option)] = make(option.ranks)
+
+    def _error(self, chosen: Mapping[str, str]) -> float:
+        """Of the network with these options; the dense weights are made anew, as they are large."""
+        return self.errors({name: dense(self.chains[name, one]) for name, one in chosen.items()})
 
     def choose(self) -> tuple[dict[str, str], float]:
         """The option of each layer that is changed, and the error of all of them together."""
@@ -135,7 +134,7 @@ class Search:
         limit = self.max_error
         for _ in range(ATTEMPTS):
             chosen = self._solve(limit)
-            error = self.errors({n: self.weights[n, o] for n, o in chosen.items()})
+            error = self._error(chosen)
             if self.speedup is not None or error <= self.max_error or not chosen:
                 return chosen, error
             limit *= 0.9 * self.max_error / error

@@ -20,7 +20,7 @@ import numpy as np
 from compress.errors import EngineError
 from compress.latency import Comparison, measure
 from compress.machine import fingerprint, this_machine, versions
-from compress.reparam.lowrank_factors import Method, Ranks, full_ranks, random_links
+from compress.reparam.lowrank_factors import Method, Ranks, forms, full_ranks, random_links
 from compress.reparam.lowrank_graph import Layer, alone
 from compress.target import Target
 from compress.variants import settings
@@ -207,8 +207,7 @@ def options(layer: Layer, method: Method, multiple: int = MULTIPLE) -> list[Opti
     found: dict[Ranks, Option] = {}
     for share in SHARES:
         ranks = tuple(_rounded(share * most, most, multiple) for most in full)
-        links = random_links(shape, groups, method, ranks, np.random.default_rng(0))
-        if layer.chain_macs(links) < layer.macs:
+        if layer.chain_macs(forms(shape, groups, method, ranks)) < layer.macs:
             found[ranks] = Option(method, ranks)
     return list(found.values())
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from compress.errors import MissingExtraError, UnsupportedError, UsageError
 from compress.reparam import factorize, full_ranks
-from compress.reparam.lowrank_factors import METHODS, Method, decompose, dense
+from compress.reparam.lowrank_factors import METHODS, Method, decompose, dense, forms
 
 WITHOUT_EXTRA: tuple[Method, ...] = ("channel_svd", "spatial_svd")
 
@@ -154,6 +154,17 @@ def test_random_factors_keep_the_size_of_activations(method: Method, groups: int
     assert not torch.equal(first(x), other(x))
     assert 0.4 < float(first(x).detach().std() / layer(x).detach().std()) < 2.5
     assert all(p.requires_grad for p in first.parameters())
+
+
+@pytest.mark.parametrize("method", methods(*METHODS))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_forms_are_those_of_the_chain(method: Method, groups: int) -> None:
+    weight = np.random.default_rng(0).standard_normal((6, 4, 3, 2))
+    ranks = (2, 3) if method == "tucker" else (2,)
+    links = decompose(weight, groups, method)(ranks)
+    found = [(link.shape, link.groups, link.spans) for link in links]
+    expected = forms(weight.shape, groups, method, ranks)
+    assert found == [(form.shape, form.groups, form.spans) for form in expected]
 
 
 def test_what_a_layer_does_not_allow_is_refused() -> None:
