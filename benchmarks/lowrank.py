@@ -40,7 +40,8 @@ from compress.model import Model
 from compress.passes import Context
 from compress.registry import create_target
 from compress.reparam import low_rank, recover
-from compress.reparam.lowrank_factors import METHODS, Method, Ranks, decompose, full_ranks
+from compress.reparam.lowrank_decompose import decompose
+from compress.reparam.lowrank_factors import METHODS, Method, Ranks, full_ranks
 from compress.reparam.lowrank_factors import random_links as random_chain
 from compress.reparam.lowrank_graph import Layer, find_layers, replace_layer
 from compress.rewrites import FoldBatchNorm, remove_unused

@@ -14,8 +14,9 @@ from compress.assignment import assign_within
 from compress.latency import Comparison
 from compress.model import Model
 from compress.passes import Context
+from compress.reparam.lowrank_decompose import decompose
 from compress.reparam.lowrank_errors import OutputErrors, WeightErrors
-from compress.reparam.lowrank_factors import Link, Method, decompose, dense
+from compress.reparam.lowrank_factors import Link, Method, dense
 from compress.reparam.lowrank_graph import Layer, find_layers, replace_layer
 from compress.reparam.lowrank_timing import Timed, Timer
 from compress.rewrites import remove_unused

@@ -10,7 +10,8 @@ from torch import nn
 
 from compress.errors import UnsupportedError, UsageError
 from compress.reparam import lowrank_factors
-from compress.reparam.lowrank_factors import Link, Method, Ranks, decompose, dense, random_links
+from compress.reparam.lowrank_decompose import decompose
+from compress.reparam.lowrank_factors import Link, Method, Ranks, dense, random_links
 
 Layer: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Linear
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from compress.errors import MissingExtraError, UnsupportedError, UsageError
 from compress.reparam import factorize, full_ranks
-from compress.reparam.lowrank_factors import METHODS, Method, decompose, dense, forms
+from compress.reparam.lowrank_decompose import decompose
+from compress.reparam.lowrank_factors import METHODS, Method, dense, forms
 
 WITHOUT_EXTRA: tuple[Method, ...] = ("channel_svd", "spatial_svd")
 

@@ -18,8 +18,9 @@ from compress.reference import reference_session, run
 from compress.registry import create_pass, create_target
 from compress.reparam import low_rank
 from compress.reparam.lowrank import LowRank
+from compress.reparam.lowrank_decompose import decompose
 from compress.reparam.lowrank_errors import OutputErrors, WeightErrors
-from compress.reparam.lowrank_factors import Method, decompose, dense, full_ranks
+from compress.reparam.lowrank_factors import Method, dense, full_ranks
 from compress.reparam.lowrank_graph import alone, find_layers, replace_layer
 from compress.reparam.lowrank_search import Search
 from compress.reparam.lowrank_timing import Option, Timed, Timer, options
