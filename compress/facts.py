@@ -69,6 +69,9 @@ def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
     """What a reader must know about ranges, runtimes and machine."""
     remarks = data_remarks(calibration_facts(searched), exported)
     remarks += searched.notes
+    histories = [variant.model.history for variant in searched.screening.variants.values()]
+    steps = (step.details for history in histories for step in history)
+    remarks += dict.fromkeys(str(facts["remark"]) for facts in steps if "remark" in facts)
     if isinstance(target, ManyRuntimes):
         remarks += [
             f"{name} was not tried: {check.reason} Install it with: {check.install}."

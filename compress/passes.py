@@ -57,7 +57,10 @@ class Pass(Protocol):
         """
 
     def apply(self, model: Model, context: Context) -> Model:
-        """The transformed model. The pass owns `model` and may change it in place."""
+        """The transformed model. The pass owns `model` and may change it in place.
+
+        What its step's details call "remark" is a sentence for the head of the report.
+        """
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
@@ -301,6 +301,17 @@ def new_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
     value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)
     return value
+
+
+def with_constants(graph_model: ir.Model, arrays: Mapping[str, np.ndarray]) -> ir.Model:
+    """A copy of a graph in which these initializers hold other numbers of the same shape."""
+    copy = graph_model.clone()
+    for name, array in arrays.items():
+        value = copy.graph.initializers[name]
+        before = value.const_value
+        dtype = before.numpy().dtype if before is not None else array.dtype
+        value.const_value = ir.tensor(np.ascontiguousarray(array, dtype), name=name)
+    return copy
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:

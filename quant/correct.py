@@ -21,11 +21,11 @@ from torch import Tensor
 from compress.errors import UnsupportedError, UsageError
 from compress.model import Model
 from compress.passes import Context
-from compress.rewrites import new_constant, output_statistics
+from compress.rewrites import new_constant, output_statistics, with_constants
 from compress.target import Target
 from compress.torch_graph.network import Network
 from quant.calibration import calibration_data
-from quant.refine import Quantized, emitted, state_of, with_constants
+from quant.refine import Quantized, emitted, state_of
 from quant.simulation import Simulation
 from quant.spec import QParams
 from quant.sweep import Layer, channel_moments, layers, sample_tensors, sweep

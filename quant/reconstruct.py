@@ -22,6 +22,7 @@ from compress.errors import UnsupportedError, UsageError
 from compress.graph import graph_sites
 from compress.model import Model
 from compress.passes import Context
+from compress.rewrites import with_constants
 from compress.target import Target
 from compress.torch_graph.network import Network
 from quant.blocks import Piece, Walk, batches_of, cut, data_sizes
@@ -29,7 +30,7 @@ from quant.brecq import Block, block_scales, fisher, learn_roundings, learn_scal
 from quant.calibration import calibration_data
 from quant.correct import with_biases
 from quant.moments import Moments, sampled_rows
-from quant.refine import emitted, state_of, with_constants
+from quant.refine import emitted, state_of
 from quant.rounding import Rounding, choose, relax
 from quant.simulation import Simulation
 from quant.sites import Site, refusal, rounding_of

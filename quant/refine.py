@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from compress.errors import UsageError
@@ -73,14 +72,3 @@ def emitted(
     """The model that follows from another float graph or plan, with its step in the history."""
     facts = {**details, "plan": state.plan.to_dict(), STATE: state}
     return model.evolve(emit(state), Step(name, options, facts))
-
-
-def with_constants(graph_model: ir.Model, arrays: Mapping[str, np.ndarray]) -> ir.Model:
-    """A copy of a graph in which these initializers hold other numbers of the same shape."""
-    copy = graph_model.clone()
-    for name, array in arrays.items():
-        value = copy.graph.initializers[name]
-        before = value.const_value
-        dtype = before.numpy().dtype if before is not None else array.dtype
-        value.const_value = ir.tensor(np.ascontiguousarray(array, dtype), name=name)
-    return copy

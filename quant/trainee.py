@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from compress.teaching import trainable
 from compress.torch_graph.network import Network, Step
 from compress.torch_graph.operators import OPERATORS
 from quant.fake import expand, fake_quantize, lsq_gradient_scale
@@ -42,18 +43,6 @@ from quant.spec import QParams
 Moments: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Mean and standard deviation of each channel."""
 
-PARAMETERS = {
-    "Conv": (1, 2),
-    "ConvTranspose": (1, 2),
-    "Gemm": (1, 2),
-    "MatMul": (0, 1),
-    "BatchNormalization": (1, 2),
-    "LayerNormalization": (1, 2),
-    "GroupNormalization": (1, 2),
-    "InstanceNormalization": (1, 2),
-    "PRelu": (1,),
-}
-"""Inputs of operators that are trained where they are float constants."""
 EPSILON = 1e-5
 """Of BatchNorm: keeps a channel that does not vary from being divided by 0."""
 MOMENTUM = 0.1
@@ -171,7 +160,7 @@ class Trainee(Simulation):
         folded = {norm.bias for norm in self.norms.values()}
         self.weights = {
             name: nn.Parameter(network.constants[name].clone())
-            for name in _trained(network)
+            for name in trainable(network)
             if name not in folded
         }
         rounded = [name for name in self.weights if name in plan.constants]
@@ -298,21 +287,6 @@ def _absorbs(params: QParams, axis: int) -> bool:
     if params.axis is None:
         return False
     return (params.axis == axis) == (params.spec.granularity == "per_channel")
-
-
-def _trained(network: Network) -> list[str]:
-    """Constants that are trained, in order of execution."""
-    names = (
-        step.inputs[position]
-        for step in network.steps
-        for position in PARAMETERS.get(step.op, ())
-        if position < len(step.inputs)
-    )
-    return [
-        name
-        for name in dict.fromkeys(names)
-        if name in network.constants and network.constants[name].is_floating_point()
-    ]
 
 
 def _norms(network: Network, statistics: Mapping[str, Moments]) -> dict[str, FoldedNorm]:

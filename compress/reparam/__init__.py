@@ -1,13 +1,14 @@
-"""Structural re-parameterization: one function in several structures.
+"""Structural re-parameterization: one function in several structures, or nearly one in a smaller.
 
     from compress import reparam
 
-    with reparam.tune(model, example_inputs=images):   # fine-tune with half of the memory
+    with reparam.tune(model, example_inputs=images):   # fine-tune and keep less for backward
         train(model)
     reparam.expand(model, "repvgg", example_inputs=images)  # branches for training ...
     reparam.merge_expanded(model)                           # ... and the plain network again
+    reparam.factorize(layer, 16, "spatial_svd")             # a chain of smaller layers
 
-Importing this package does not load torch.
+Every public name is imported when it is first used; importing this package loads no torch.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.recovery import recover
     from compress.reparam.compiled import compile_tuned
     from compress.reparam.expansion import Expansion, expand, merge_expanded
+    from compress.reparam.lowrank import low_rank
+    from compress.reparam.lowrank_torch import factorize, full_ranks
     from compress.reparam.modes import ModeReport, set_mode, tune
     from compress.reparam.pairs import Pair
 
@@ -27,7 +31,11 @@ _HOME = {
     "Pair": "compress.reparam.pairs",
     "compile_tuned": "compress.reparam.compiled",
     "expand": "compress.reparam.expansion",
+    "factorize": "compress.reparam.lowrank_torch",
+    "full_ranks": "compress.reparam.lowrank_torch",
+    "low_rank": "compress.reparam.lowrank",
     "merge_expanded": "compress.reparam.expansion",
+    "recover": "compress.recovery",
     "set_mode": "compress.reparam.modes",
     "tune": "compress.reparam.modes",
 }
@@ -38,7 +46,11 @@ __all__ = [
     "Pair",
     "compile_tuned",
     "expand",
+    "factorize",
+    "full_ranks",
+    "low_rank",
     "merge_expanded",
+    "recover",
     "set_mode",
     "tune",
 ]

@@ -23,21 +23,22 @@ from compress.progress import silent
 from compress.recipe import default_passes
 from compress.registry import create_target
 from compress.rewrites import output_statistics
+from compress.teaching import distillation
 from compress.testing import IMAGE, NullTarget, PassContract, tiny_convnet, tiny_model
 from compress.torch_graph.network import Network
+from compress.training import Limits, Samples, Score, rate_factor, train
 from quant.correct import CorrectBias
 from quant.emit import integer_limits
 from quant.fake import expand
 from quant.learned import LearnedScale, range_scale, shared_tensors
 from quant.plan import QuantPlan
 from quant.ptq import Quantize
-from quant.qat import QAT, distillation, teacher_graph
+from quant.qat import QAT, teacher_graph
 from quant.quantizer import qparams_from_range, weight_qparams
 from quant.refine import emitted, state_of
 from quant.simulation import Simulation
 from quant.spec import QuantSpec
 from quant.trainee import EPSILON, Trainee
-from quant.training import Limits, Samples, Score, rate_factor, train
 
 TARGET = create_target("onnxruntime", threads=1)
 GATED = """g (float[batch,3,8,8] x) => (float[batch,4] y) {
@@ -480,8 +481,8 @@ def test_what_is_held_out_is_never_trained_on(folded: Model) -> None:
 def test_samples_that_do_not_fit_into_memory_are_all_seen(
     folded: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant.training.POOL_BYTES", 30 * 3 * 16 * 16 * 4)
-    monkeypatch.setattr("quant.training.SMALLEST_POOL", 1)
+    monkeypatch.setattr("compress.training.POOL_BYTES", 30 * 3 * 16 * 16 * 4)
+    monkeypatch.setattr("compress.training.SMALLEST_POOL", 1)
     x = np.arange(80, dtype=np.float32).repeat(3 * 16 * 16).reshape(80, 3, 16, 16)
     samples = Samples(load_data((x, np.arange(80)), folded.inputs), seed=1)
     held = set(samples.held.labels.tolist())

@@ -196,7 +196,7 @@ def train(
     before = score = subject.score()
     best, stopped = subject.state(), ""
     losses: list[float] = []
-    with progress("Train the quantized network", total=limits.steps) as advance:
+    with progress("Train the network", total=limits.steps) as advance:
         while len(losses) < limits.steps:
             share = len(losses) / limits.steps
             if limits.seconds is not None:
