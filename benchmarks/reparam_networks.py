@@ -69,7 +69,7 @@ def mobileone_block(inputs: int, outputs: int, stride: int, copies: int = 3) -> 
 
 
 def dbb_block(inputs: int, outputs: int, stride: int) -> Branches:
-    """k x k, 1x1, 1x1 then k x k, and 1x1 then average; the 1x1 in front pads its own input."""
+    """A 3x3, a 1x1, a 1x1 then 3x3, and 1x1 then average; the 1x1 in front pads its own input."""
     return Branches(
         [
             conv_bn(inputs, outputs, 3, stride=stride, padding=1),
@@ -112,7 +112,7 @@ class BorderedNorm(nn.Module):
 
 
 def bordered_block(inputs: int, outputs: int) -> Branches:
-    """k x k beside 1x1 then k x k, with the frame between them written after BatchNorm."""
+    """A 3x3 beside a 1x1 then 3x3, with the frame between them written after BatchNorm."""
     return Branches(
         [
             conv_bn(inputs, outputs, 3, padding=1),

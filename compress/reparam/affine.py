@@ -20,7 +20,7 @@ PADDING_TOLERANCE = 1e-5
 computed in float32; relative to the largest."""
 
 
-class NotMergeable(Exception):
+class NotMergeableError(Exception):
     """Two maps have no sum or composition that is one map; says why."""
 
 
@@ -69,15 +69,17 @@ class Axis:
         """The taps of both, on the coarsest grid that holds them.
 
         Raises:
-            NotMergeable: their outputs stand for different places.
+            NotMergeableError: their outputs stand for different places.
         """
         if self.stride != other.stride:
-            raise NotMergeable(f"strides {self.stride} and {other.stride} differ")
+            raise NotMergeableError(f"strides {self.stride} and {other.stride} differ")
         excess = max(self.excess, other.excess)
         if self.excess != other.excess and (
             not self.extent or not other.extent or self.outputs != other.outputs
         ):
-            raise NotMergeable("their outputs are equally large only for some sizes of the input")
+            raise NotMergeableError(
+                "their outputs are equally large only for some sizes of the input"
+            )
         first, last = min(self.first, other.first), max(self.last, other.last)
         step = math.gcd(self._grid, other._grid, self.first - other.first)
         size = (last - first) // step + 1 if step else 1
@@ -88,12 +90,14 @@ class Axis:
         """What `second` reads of the input of this one.
 
         Raises:
-            NotMergeable: it pads a tensor whose continuation is not constant.
+            NotMergeableError: it pads a tensor whose continuation is not constant.
         """
         begin, end = second.pads
         # Output -1 and the one behind the last must see nothing but padding.
         if (begin > 0 and self.last >= self.stride) or (end > 0 and self.excess + self.first < 0):
-            raise NotMergeable("a padded layer reads the output of a window: borders would differ")
+            raise NotMergeableError(
+                "a padded layer reads the output of a window: borders would differ"
+            )
         step = math.gcd(self._grid, self.stride * second._grid)
         first = self.first + self.stride * second.first
         last = self.last + self.stride * second.last
@@ -150,10 +154,10 @@ class Geometry:
         """Of the sum.
 
         Raises:
-            NotMergeable: the two do not fit on top of each other.
+            NotMergeableError: the two do not fit on top of each other.
         """
         if (self.inputs, self.outputs) != (other.inputs, other.outputs):
-            raise NotMergeable(
+            raise NotMergeableError(
                 f"{self.inputs} to {self.outputs} and {other.inputs} to {other.outputs} channels "
                 f"differ"
             )
@@ -164,10 +168,10 @@ class Geometry:
         """Of both, the output channels of `other` behind these.
 
         Raises:
-            NotMergeable: they read different inputs, or at different places.
+            NotMergeableError: they read different inputs, or at different places.
         """
         if self.inputs != other.inputs:
-            raise NotMergeable(f"they read {self.inputs} and {other.inputs} channels")
+            raise NotMergeableError(f"they read {self.inputs} and {other.inputs} channels")
         # Group by group the channels would come in another order.
         return Geometry(self.inputs, self.outputs + other.outputs, 1, self._beside(other))
 
@@ -179,17 +183,17 @@ class Geometry:
         """Of `second` after this one.
 
         Raises:
-            NotMergeable: it reads another number of channels, or padding that is no constant.
+            NotMergeableError: it reads another number of channels, or padding that is no constant.
         """
         if self.outputs != second.inputs or len(self.axes) != len(second.axes):
-            raise NotMergeable(f"{second.inputs} channels are read of {self.outputs}")
+            raise NotMergeableError(f"{second.inputs} channels are read of {self.outputs}")
         axes = tuple(a.then(b) for a, b in zip(self.axes, second.axes, strict=True))
         groups = math.gcd(self.groups, second.groups)
         return Geometry(self.inputs, second.outputs, groups, axes)
 
     def _beside(self, other: Geometry) -> tuple[Axis, ...]:
         if len(self.axes) != len(other.axes):
-            raise NotMergeable("one of them has no spatial axes")
+            raise NotMergeableError("one of them has no spatial axes")
         return tuple(a.beside(b) for a, b in zip(self.axes, other.axes, strict=True))
 
 
@@ -239,7 +243,7 @@ class AffineMap:
         """The sum of both (transforms II, III, X and XI).
 
         Raises:
-            NotMergeable: see `Geometry.plus`, or they pad with different constants.
+            NotMergeableError: see `Geometry.plus`, or they pad with different constants.
         """
         geometry = self.geometry.plus(other.geometry)
         kernel = self._spread(geometry, geometry.groups) + other._spread(geometry, geometry.groups)
@@ -249,7 +253,7 @@ class AffineMap:
         """Both, the output channels of `other` behind these (transform XII).
 
         Raises:
-            NotMergeable: see `Geometry.stacked`, or they pad with different constants.
+            NotMergeableError: see `Geometry.stacked`, or they pad with different constants.
         """
         geometry = self.geometry.stacked(other.geometry)
         kernel = np.concatenate([one._spread(geometry, 1) for one in (self, other)], 1)
@@ -264,7 +268,7 @@ class AffineMap:
         """`second` after this one (transforms I and V to IX).
 
         Raises:
-            NotMergeable: see `Geometry.then`, or the padding in between is not what this map makes
+            NotMergeableError: see `Geometry.then`, or the padding in between is not what this map makes
                 of the padding in front of it.
         """
         whole = self.geometry.then(second.geometry)
@@ -276,8 +280,7 @@ class AffineMap:
         pairs = list(zip(self.geometry.axes, second.geometry.axes, whole.axes, strict=True))
         for tap in itertools.product(*map(range, second.geometry.sizes)):
             offsets = [
-                a.stride * (b.first + b.step * i)
-                for (a, b, _), i in zip(pairs, tap, strict=True)
+                a.stride * (b.first + b.step * i) for (a, b, _), i in zip(pairs, tap, strict=True)
             ]
             places = [a.places(o, w) for (a, _, w), o in zip(pairs, offsets, strict=True)]
             factors = last[(slice(None), slice(None), slice(None), *tap)]
@@ -296,7 +299,7 @@ class AffineMap:
         outside = self.bias + made
         scale = max(np.abs(outside).max(initial=0), np.abs(fill).max(initial=0))
         if np.abs(outside - fill).max(initial=0) > PADDING_TOLERANCE * scale:
-            raise NotMergeable(
+            raise NotMergeableError(
                 "zeros are padded between two layers where the first would write its bias"
                 if not fill.any()
                 else "the constant that is padded between two layers is not the bias of the first"
@@ -306,7 +309,7 @@ class AffineMap:
         if not self.geometry.padded:
             return other.fill if other.geometry.padded else np.zeros_like(self.fill)
         if other.geometry.padded and not np.array_equal(self.fill, other.fill):
-            raise NotMergeable("they pad their input with different constants")
+            raise NotMergeableError("they pad their input with different constants")
         return self.fill
 
     def _spread(self, whole: Geometry, groups: int) -> np.ndarray:

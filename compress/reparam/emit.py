@@ -7,12 +7,12 @@ import onnx_ir as ir
 
 from compress.errors import EngineError
 from compress.reference import largest_difference, largest_magnitude, reference_session, run
-from compress.reparam.affine import AffineMap, NotMergeable
-from compress.reparam.branches import Part
+from compress.reparam.affine import AffineMap, NotMergeableError
+from compress.reparam.branches import Part, small_model, stand_in
 from compress.reparam.reading import WEIGHTED, Layout, Shapes
 from compress.rewrites import RELATIVE_TOLERANCE, new_constant, replace_node
 
-ROOT, RESULT = "root", "result"
+ROOT = "in0"
 
 
 def layer(whole: AffineMap, layout: Layout, gemm: bool) -> list[tuple[str, dict[str, object]]]:
@@ -51,26 +51,31 @@ def is_gemm(part: Part) -> bool:
     return any(node.op_type == "Gemm" for node in part.nodes)
 
 
-def prove(part: Part, whole: AffineMap, layout: Layout, shapes: Shapes, opsets: dict[str, int]) -> float:
+def prove(part: Part, whole: AffineMap, layout: Layout, shapes: Shapes) -> float:
     """Run the part and its layer on random numbers; the largest difference, relative.
 
     Raises:
-        NotMergeable: it is more than rounding explains.
+        NotMergeableError: it is more than rounding explains.
     """
     shape = tuple(map(abs, shapes[part.root.name or ""]))
     inputs = {ROOT: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     try:
-        expected = run(reference_session(_original(part, shape, opsets)), inputs)[RESULT]
-        model = _merged(whole, layout, is_gemm(part), shape, opsets)
-        got = run(reference_session(model), inputs)[RESULT]
+        before = small_model(part.nodes, {part.root: shape}, part.output)
+        after = _merged(whole, layout, is_gemm(part), part.root, shape)
+        (expected,) = run(reference_session(before), inputs).values()
+        (got,) = run(reference_session(after), inputs).values()
     except EngineError as error:
-        raise NotMergeable(f"it could not be compared with what it replaces: {error}") from error
+        raise NotMergeableError(
+            f"it could not be compared with what it replaces: {error}"
+        ) from error
     scale = largest_magnitude(expected)
     difference = np.inf
     if got.shape == expected.shape:
         difference = largest_difference(got, expected) / max(scale, 1e-6)
     if not difference <= RELATIVE_TOLERANCE:
-        raise NotMergeable(f"the merged layer differs by {difference:.2g} of the largest output")
+        raise NotMergeableError(
+            f"the merged layer differs by {difference:.2g} of the largest output"
+        )
     return float(difference)
 
 
@@ -87,6 +92,8 @@ def write(graph: ir.Graph, part: Part, whole: AffineMap, layout: Layout, name: s
         source.shape = part.output.shape
     replace_node(graph, part.nodes[-1], made)
     for node in reversed(part.nodes[:-1]):
+        if any(out.uses() for out in node.outputs):
+            continue  # by what moves data and is of no use any more
         constant = [v for v in node.inputs if v is not None and v.const_value is not None]
         graph.remove(node, safe=True)
         for value in constant:
@@ -108,57 +115,16 @@ def name_of(part: Part, macs: dict[ir.Node, int]) -> str:
 
 
 def _merged(
-    whole: AffineMap, layout: Layout, gemm: bool, shape: tuple[int, ...], opsets: dict[str, int]
+    whole: AffineMap, layout: Layout, gemm: bool, root: ir.Value, shape: tuple[int, ...]
 ) -> ir.Model:
-    root = _value(ROOT, shape)
-    arrays = constants(whole, layout, gemm)
-    values = [_constant(f"c{index}", array) for index, array in enumerate(arrays)]
-    nodes = []
-    source, rest = root, list(values)
+    """A model of the layer alone."""
+    rest = [stand_in(f"c{i}", array) for i, array in enumerate(constants(whole, layout, gemm))]
     plan = layer(whole, layout, gemm)
+    nodes: list[ir.Node] = []
+    start = ir.Value(name=root.name, type=root.type)
+    source = start
     for op_type, attributes in plan:
         taken = rest if len(plan) == 1 else [rest.pop(0)]
         nodes.append(ir.node(op_type, [source, *taken], attributes))
         source = nodes[-1].outputs[0]
-    return _model(root, nodes, values, opsets)
-
-
-def _original(part: Part, shape: tuple[int, ...], opsets: dict[str, int]) -> ir.Model:
-    known: dict[ir.Value | None, ir.Value | None] = {part.root: _value(ROOT, shape), None: None}
-    kept: list[ir.Value] = []
-    nodes = []
-    for node in part.nodes:
-        for value in node.inputs:
-            if value not in known and value is not None and value.const_value is not None:
-                array = np.asarray(value.const_value.numpy())
-                known[value] = _constant(f"c{len(kept)}", array)
-                kept.append(known[value])  # type: ignore[arg-type]
-        inputs = [known[value] for value in node.inputs]
-        attributes = [attribute for attribute in node.attributes.values()]
-        copy = ir.Node("", node.op_type, inputs, attributes, num_outputs=1)
-        known[node.outputs[0]] = copy.outputs[0]
-        nodes.append(copy)
-    root = known[part.root]
-    assert root is not None  # put there above
-    return _model(root, nodes, kept, opsets)
-
-
-def _model(
-    root: ir.Value, nodes: list[ir.Node], values: list[ir.Value], opsets: dict[str, int]
-) -> ir.Model:
-    result = nodes[-1].outputs[0]
-    for index, node in enumerate(nodes):
-        node.outputs[0].name = f"v{index}"
-    result.name, result.type = RESULT, ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([root], [result], nodes=nodes, initializers=values, opset_imports=opsets)
-    return ir.Model(graph, ir_version=10)
-
-
-def _value(name: str, shape: tuple[int, ...]) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-
-
-def _constant(name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    return value
+    return small_model(nodes, {start: shape}, source)

@@ -14,11 +14,13 @@ from compress.graph import graph_sites, infer_shapes
 from compress.model import Model, Step
 from compress.passes import Context
 from compress.reference import largest_difference, largest_magnitude, reference_session, run
-from compress.reparam.affine import NotMergeable
+from compress.reparam.affine import NotMergeableError
 from compress.reparam.branches import parts_behind
 from compress.reparam.emit import name_of, prove, write
+from compress.reparam.frames import hide_frames, show_frames
 from compress.reparam.offers import Market, Offer, Profit, affine_map
 from compress.reparam.reading import WEIGHTED, Shapes, is_affine, is_join, read
+from compress.reparam.terms import regroup
 from compress.rewrites import (
     RELATIVE_TOLERANCE,
     STATISTICS,
@@ -52,9 +54,7 @@ class MergeBranches:
     def __post_init__(self) -> None:
         if self.profit not in get_args(Profit):
             allowed = ", ".join(get_args(Profit))
-            raise UsageError(
-                f"merge_branches: profit is {self.profit!r}; choose from {allowed}."
-            )
+            raise UsageError(f"merge_branches: profit is {self.profit!r}; choose from {allowed}.")
 
     def check(self, model: Model, target: Target) -> None:
         """Applies to every model."""
@@ -62,15 +62,19 @@ class MergeBranches:
     def apply(self, model: Model, context: Context) -> Model:
         """Merge what pays; outputs equal the input model's within rounding."""
         graph = model.graph_model.graph
-        order = {node: index for index, node in enumerate(graph)}
+        order = {node: float(index) for index, node in enumerate(graph)}
         sinks = [node for node in reversed(graph) if _looks_mergeable(node, order)]
         if not sinks:
             return model.evolve(model.graph_model, Step(self.name, dataclasses.asdict(self)))
         before = model.graph_model.clone()
         shapes = infer_shapes(model.graph_model)
-        market = Market(shapes, order, self.profit)
+        frames = hide_frames(graph, shapes)
+        moves = frozenset(node for frame in frames for node in frame.moves)
+        order |= {frame.node: order[frame.producer] + 0.25 for frame in frames}
+        market = Market(shapes, order, self.profit, moves)
         statistics = output_statistics(model)
-        merged, left = _merge_all(model, market, sinks, statistics)
+        merged, left = _merge_all(graph, market, sinks, shapes, statistics)
+        show_frames(graph, frames)
         remove_unused(model.graph_model)
         details: dict[str, Any] = {"merged": merged, "left": left}
         if merged:
@@ -110,26 +114,27 @@ def merge(model: Any, profit: Profit = "auto", **how: Any) -> Model:
     return MergeBranches(profit=profit).apply(done, context)
 
 
-def _looks_mergeable(node: ir.Node, order: dict[ir.Node, int]) -> bool:
-    """Whether a part with one root and more than one layer, or a join, ends here."""
-    if not is_affine(node) or not (is_join(node) or node.op_type in (*WEIGHTED, "AveragePool")):
-        if not is_affine(node):
-            return False
-    return any(
-        part.joins or part.layers + part.pools > 1 for part in parts_behind(node, order)
-    )
+def _looks_mergeable(node: ir.Node, order: dict[ir.Node, float]) -> bool:
+    """Whether branches meet here or a chain ends here."""
+    if not is_affine(node):
+        return False
+    return is_join(node) or any(part.layers + part.pools > 1 for part in parts_behind(node, order))
 
 
 def _merge_all(
-    model: Model, market: Market, sinks: list[ir.Node], statistics: Statistics
+    graph: ir.Graph,
+    market: Market,
+    sinks: list[ir.Node],
+    shapes: dict[str, tuple[int, ...]],
+    statistics: Statistics,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Merge from the outputs to the inputs; what was merged, and why the rest was not."""
-    graph = model.graph_model.graph
-    opsets = dict(model.graph_model.opset_imports)
     merged: dict[str, Any] = {}
     left: dict[ir.Node, str] = {}
     gone: set[ir.Node] = set()
-    for sink in sinks:
+    todo = sinks[::-1]
+    while todo:
+        sink = todo.pop()
         if sink in gone:
             continue
         offers, reasons = market.offers(sink)
@@ -137,8 +142,8 @@ def _merge_all(
         for offer in offers:
             try:
                 whole = affine_map(offer, market.shapes)
-                difference = prove(offer.part, whole, offer.layout, market.shapes, opsets)
-            except NotMergeable as error:
+                difference = prove(offer.part, whole, offer.layout, market.shapes)
+            except NotMergeableError as error:
                 left[sink] = str(error)
                 continue
             left.pop(sink, None)
@@ -148,6 +153,9 @@ def _merge_all(
             write(graph, offer.part, whole, offer.layout, name)
             merged[name] = facts
             break
+        else:
+            if is_join(sink) and (grouped := regroup(graph, sink, market, shapes)) is not None:
+                todo.append(grouped)
     return merged, {node.name or "": reason for node, reason in left.items() if node not in gone}
 
 

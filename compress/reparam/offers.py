@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
 
-from compress.reparam.affine import AffineMap, Geometry, NotMergeable
+from compress.reparam.affine import AffineMap, Geometry, NotMergeableError
 from compress.reparam.branches import Part, evaluate, parts_behind
 from compress.reparam.reading import WEIGHTED, Layout, Shapes, is_join, layout_of, read, same
 
@@ -53,7 +53,7 @@ class Market:
     """
 
     shapes: Shapes
-    order: dict[ir.Node, int]
+    order: dict[ir.Node, float]
     profit: Profit
     ignored: frozenset[ir.Node] = frozenset()
 
@@ -65,7 +65,7 @@ class Market:
                 continue
             try:
                 offer = self._weigh(part)
-            except NotMergeable as error:
+            except NotMergeableError as error:
                 left[sink] = str(error)
                 continue
             if offer.reason:
@@ -73,6 +73,10 @@ class Market:
             elif offer.gain >= self._inner_gain(part):
                 found.append(offer)
         return sorted(found, key=lambda offer: -offer.gain), left
+
+    def ignoring(self, nodes: frozenset[ir.Node]) -> Market:
+        """The same, without what these operators read."""
+        return replace(self, ignored=self.ignored | nodes)
 
     def _is_candidate(self, part: Part) -> bool:
         if part.joins:
@@ -123,7 +127,7 @@ def identity(part: Part, layout: Layout, shapes: Shapes) -> AffineMap:
     """The map of the root.
 
     Raises:
-        NotMergeable: its shape is not known.
+        NotMergeableError: its shape is not known.
     """
     return same(shapes.get(part.root.name or "", ()), layout)
 
@@ -132,13 +136,13 @@ def affine_map(offer: Offer, shapes: Shapes) -> AffineMap:
     """The numbers of an offer.
 
     Raises:
-        NotMergeable: padding between its layers is not what the first makes of zeros.
+        NotMergeableError: padding between its layers is not what the first makes of zeros.
     """
     layout = offer.layout
     start = identity(offer.part, layout, shapes)
     whole = evaluate(offer.part, layout, start, lambda node: read(node, layout, shapes))
     if whole.geometry.padded and whole.fill.any():
-        raise NotMergeable("it pads with a constant other than zero")
+        raise NotMergeableError("it pads with a constant other than zero")
     return whole
 
 
