@@ -31,6 +31,7 @@ from compress.facts import (
     plan_of,
     range_facts,
     step_facts,
+    step_remarks,
     target_facts,
 )
 from compress.fidelity import fidelity
@@ -62,6 +63,7 @@ def report(given: Preparation, found: Prepared) -> Report:
         headline=(
             *_first_sentences(given),
             *_verdicts(given, found),
+            *step_remarks(shown.model),
             *data_remarks(calibration, given.exported),
             *given.target.capabilities.notes,
         ),

@@ -268,8 +268,8 @@ class AffineMap:
         """`second` after this one (transforms I and V to IX).
 
         Raises:
-            NotMergeableError: see `Geometry.then`, or the padding in between is not what this map makes
-                of the padding in front of it.
+            NotMergeableError: see `Geometry.then`, or the padding in between is not what this map
+                makes of the padding in front of it.
         """
         whole = self.geometry.then(second.geometry)
         if second.geometry.padded:
@@ -283,7 +283,7 @@ class AffineMap:
                 a.stride * (b.first + b.step * i) for (a, b, _), i in zip(pairs, tap, strict=True)
             ]
             places = [a.places(o, w) for (a, _, w), o in zip(pairs, offsets, strict=True)]
-            factors = last[(slice(None), slice(None), slice(None), *tap)]
+            factors = last[:, :, :, *tap]
             product = np.einsum("gom,gmi...->goi...", factors, first, optimize=True)
             where = np.ix_(*map(range, kernel.shape[:3]), *places)
             kernel[where] += product

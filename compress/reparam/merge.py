@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -14,12 +15,23 @@ from compress.graph import graph_sites, infer_shapes
 from compress.model import Model, Step
 from compress.passes import Context
 from compress.reference import largest_difference, largest_magnitude, reference_session, run
-from compress.reparam.affine import NotMergeableError
+from compress.registry import create_pass, create_target
+from compress.reparam.affine import AffineMap, NotMergeableError
 from compress.reparam.branches import parts_behind
 from compress.reparam.emit import name_of, prove, write
 from compress.reparam.frames import hide_frames, show_frames
 from compress.reparam.offers import Market, Offer, Profit, affine_map
-from compress.reparam.reading import WEIGHTED, Shapes, is_affine, is_join, read
+from compress.reparam.reading import (
+    FRAME,
+    WEIGHTED,
+    Layout,
+    Shapes,
+    is_affine,
+    is_join,
+    operands,
+    read,
+)
+from compress.reparam.spread import activation_spreads, is_suspicious, weight_spreads
 from compress.reparam.terms import regroup
 from compress.rewrites import (
     RELATIVE_TOLERANCE,
@@ -44,9 +56,14 @@ class MergeBranches:
     Attributes:
         profit: "auto" merges branches where multiply-accumulates grow by less than the tensors
             that are saved are worth, and chains where they fall; "all" merges what is exact.
+        equalize: let channels share their scales with the next layer (the pass `equalize`) where
+            those of a merged layer differ by far more than those of its branches did.
+        samples: calibration samples to compare the ranges of channels on.
     """
 
     profit: Profit = "auto"
+    equalize: bool = True
+    samples: int = 32
 
     name: ClassVar[str] = "merge_branches"
     stage: ClassVar[Literal["onnx"]] = "onnx"
@@ -63,29 +80,51 @@ class MergeBranches:
         """Merge what pays; outputs equal the input model's within rounding."""
         graph = model.graph_model.graph
         order = {node: float(index) for index, node in enumerate(graph)}
-        sinks = [node for node in reversed(graph) if _looks_mergeable(node, order)]
+        sinks = [node for node in graph if _looks_mergeable(node, order)]
         if not sinks:
-            return model.evolve(model.graph_model, Step(self.name, dataclasses.asdict(self)))
-        before = model.graph_model.clone()
+            return self._done(model, {"merged": {}, "left": {}})
+        before = dataclasses.replace(model, program=model.graph_model.clone())
         shapes = infer_shapes(model.graph_model)
         frames = hide_frames(graph, shapes)
         moves = frozenset(node for frame in frames for node in frame.moves)
         order |= {frame.node: order[frame.producer] + 0.25 for frame in frames}
-        market = Market(shapes, order, self.profit, moves)
-        statistics = output_statistics(model)
-        merged, left = _merge_all(graph, market, sinks, shapes, statistics)
+        work = _Work(graph, Market(shapes, order, self.profit, moves), shapes)
+        work.statistics = output_statistics(model)
+        work.merge_all(sinks)
         show_frames(graph, frames)
         remove_unused(model.graph_model)
-        details: dict[str, Any] = {"merged": merged, "left": left}
-        if merged:
-            difference = _difference(before, model)
-            if not difference <= RELATIVE_TOLERANCE:
-                left = {"": f"together the merges change the outputs by {difference:.2g}"}
-                details = {"merged": {}, "left": left}
-                return model.evolve(before, Step(self.name, dataclasses.asdict(self), details))
-            details |= {"max_relative_difference": difference, STATISTICS: listed(statistics)}
-            details |= _totals(before, model.graph_model)
-        return model.evolve(model.graph_model, Step(self.name, dataclasses.asdict(self), details))
+        details: dict[str, Any] = {"merged": work.merged, "left": work.reasons()}
+        if not work.merged:
+            return self._done(model, details)
+        difference = _difference(before, model)
+        if not difference <= RELATIVE_TOLERANCE:
+            left = {"": f"together the merges change the outputs by {difference:.2g}"}
+            return self._done(before, {"merged": {}, "left": left})
+        details |= {"max_relative_difference": difference, STATISTICS: listed(work.statistics)}
+        details |= _totals(before.graph_model, model.graph_model)
+        if context.calibration is not None:
+            spreads = activation_spreads(before, work.watched, context.calibration, self.samples)
+            for name, found in spreads.items():
+                work.merged[name]["activation_spread"] = found
+        suspicious = [name for name, facts in work.merged.items() if _is_suspicious(facts)]
+        details["suspicious"] = suspicious
+        if suspicious and self.equalize:
+            model = self._equalized(model, context, details)
+        details["remarks"] = _remarks(details)
+        return self._done(model, details)
+
+    def _equalized(self, model: Model, context: Context, details: dict[str, Any]) -> Model:
+        """With the scales of channels shared between layers; the function stays as it is."""
+        step = create_pass("equalize", absorb=False)
+        done = step.apply(model, context)
+        found = dict(done.history[-1].details)
+        details[STATISTICS] = found.pop(STATISTICS)
+        details["equalized"] = found
+        return dataclasses.replace(model, program=done.program)
+
+    def _done(self, model: Model, details: dict[str, Any]) -> Model:
+        step = Step(self.name, dataclasses.asdict(self), details)
+        return model.evolve(model.graph_model, step)
 
 
 def merge(model: Any, profit: Profit = "auto", **how: Any) -> Model:
@@ -102,7 +141,6 @@ def merge(model: Any, profit: Profit = "auto", **how: Any) -> Model:
     """
     from compress.export import to_onnx
     from compress.loading import load
-    from compress.registry import create_pass, create_target
 
     loaded = model if isinstance(model, Model) else load(model, **how)
     target = create_target("cpu")
@@ -115,48 +153,75 @@ def merge(model: Any, profit: Profit = "auto", **how: Any) -> Model:
 
 
 def _looks_mergeable(node: ir.Node, order: dict[ir.Node, float]) -> bool:
-    """Whether branches meet here or a chain ends here."""
+    """Whether branches of one tensor meet here, perhaps among others, or a chain ends here."""
     if not is_affine(node):
         return False
-    return is_join(node) or any(part.layers + part.pools > 1 for part in parts_behind(node, order))
+    parts = parts_behind(node, order)
+    return any(part.joins or part.layers + part.pools > 1 for part in parts) or (
+        is_join(node) and any(is_join(v.producer()) for v in operands(node) if v.producer())
+    )
 
 
-def _merge_all(
-    graph: ir.Graph,
-    market: Market,
-    sinks: list[ir.Node],
-    shapes: dict[str, tuple[int, ...]],
-    statistics: Statistics,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Merge from the outputs to the inputs; what was merged, and why the rest was not."""
-    merged: dict[str, Any] = {}
-    left: dict[ir.Node, str] = {}
-    gone: set[ir.Node] = set()
-    todo = sinks[::-1]
-    while todo:
-        sink = todo.pop()
-        if sink in gone:
-            continue
-        offers, reasons = market.offers(sink)
-        left |= reasons
+@dataclass
+class _Work:
+    """One graph while it is merged.
+
+    Attributes:
+        merged: what the report says of every merged layer, by its name.
+        left: why the others were left alone, by their last operator.
+        watched: tensors of the branches and of their sum, by the merged layer.
+        gone: operators that were merged.
+    """
+
+    graph: ir.Graph
+    market: Market
+    shapes: dict[str, tuple[int, ...]]
+    statistics: Statistics = field(default_factory=dict)
+    merged: dict[str, Any] = field(default_factory=dict)
+    left: dict[ir.Node, str] = field(default_factory=dict)
+    watched: dict[str, tuple[list[str], str, Layout]] = field(default_factory=dict)
+    gone: set[ir.Node] = field(default_factory=set)
+
+    def merge_all(self, sinks: list[ir.Node]) -> None:
+        """From the outputs to the inputs: what ends last holds what ends before."""
+        todo = list(sinks)
+        while todo:
+            sink = todo.pop()
+            if sink in self.gone or self._merge_behind(sink) or not is_join(sink):
+                continue
+            grouped = regroup(self.graph, sink, self.market, self.shapes)
+            if grouped is not None:
+                self.left.pop(sink, None)
+                todo.append(grouped)
+
+    def reasons(self) -> dict[str, str]:
+        """Of what was left alone, by name."""
+        return {n.name or "": why for n, why in self.left.items() if n not in self.gone}
+
+    def _merge_behind(self, sink: ir.Node) -> bool:
+        offers, reasons = self.market.offers(sink)
+        self.left |= reasons
         for offer in offers:
             try:
-                whole = affine_map(offer, market.shapes)
-                difference = prove(offer.part, whole, offer.layout, market.shapes)
+                whole = affine_map(offer, self.shapes)
+                difference = prove(offer.part, whole, offer.layout, self.shapes)
             except NotMergeableError as error:
-                left[sink] = str(error)
+                self.left[sink] = str(error)
                 continue
-            left.pop(sink, None)
-            gone |= set(offer.part.nodes)
-            name, facts = _facts(offer, market.shapes, difference)
-            _keep_statistics(offer, name, statistics)
-            write(graph, offer.part, whole, offer.layout, name)
-            merged[name] = facts
-            break
-        else:
-            if is_join(sink) and (grouped := regroup(graph, sink, market, shapes)) is not None:
-                todo.append(grouped)
-    return merged, {node.name or "": reason for node, reason in left.items() if node not in gone}
+            self._write(offer, whole, difference)
+            return True
+        return False
+
+    def _write(self, offer: Offer, whole: AffineMap, difference: float) -> None:
+        part = offer.part
+        name, facts = _facts(offer, self.shapes, difference)
+        facts["weight_spread"] = weight_spreads(part, whole)
+        branches = [n.outputs[0].name or "" for n in part.nodes[:-1] if n.op_type != FRAME]
+        self.watched[name] = branches, part.output.name or "", offer.layout
+        self.gone |= set(part.nodes)
+        _keep_statistics(offer, name, self.statistics)
+        write(self.graph, part, whole, offer.layout, name)
+        self.merged[name] = facts
 
 
 def _facts(offer: Offer, shapes: Shapes, difference: float) -> tuple[str, dict[str, Any]]:
@@ -179,6 +244,38 @@ def _facts(offer: Offer, shapes: Shapes, difference: float) -> tuple[str, dict[s
     }
 
 
+def _is_suspicious(facts: Mapping[str, Any]) -> bool:
+    spreads = [facts[name] for name in ("weight_spread", "activation_spread") if name in facts]
+    return any(map(is_suspicious, spreads))
+
+
+def _remarks(details: Mapping[str, Any]) -> list[str]:
+    """Sentences for the report."""
+    merged, suspicious = details["merged"], details["suspicious"]
+    was, now = details["macs"]
+    texts = [
+        f"{sum(one['operators'][0] for one in merged.values())} operators of branches and chains "
+        f"were merged into {len(merged)} layers: {100 * (1 - now / max(was, 1)):.3g} % fewer "
+        f"multiply-accumulates, outputs equal to {details['max_relative_difference']:.1g} of the "
+        f"largest."
+    ]
+    if suspicious:
+        worst = max(
+            max(merged[name]["weight_spread"][1], *merged[name].get("activation_spread", [0])[1:])
+            for name in suspicious
+        )
+        texts += [
+            f"In {len(suspicious)} merged layers the channels differ in scale by up to "
+            f"{worst:.0f} times, which costs int8 accuracy; "
+            + (
+                "they share their scales with the layers behind them now."
+                if "equalized" in details
+                else "the pass `equalize` can repair it."
+            )
+        ]
+    return texts
+
+
 def _keep_statistics(offer: Offer, name: str, statistics: Statistics) -> None:
     """What is known of the merged output: what a BatchNorm or a last layer of a chain said.
 
@@ -198,10 +295,10 @@ def _keep_statistics(offer: Offer, name: str, statistics: Statistics) -> None:
         statistics[name] = kept
 
 
-def _difference(before: ir.Model, model: Model) -> float:
+def _difference(before: Model, model: Model) -> float:
     """Largest difference of the outputs on random inputs, relative to the largest output."""
     inputs = model.example()
-    expected = run(reference_session(before), inputs)
+    expected = run(reference_session(before.graph_model), inputs)
     got = run(reference_session(model.graph_model), inputs)
     worst = max(largest_difference(got[name], array) for name, array in expected.items())
     return worst / max(1e-6, *(largest_magnitude(array) for array in expected.values()))
