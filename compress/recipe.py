@@ -16,7 +16,7 @@ from compress.registry import create_pass
 
 VERSION = 1
 REPARAM = ("auto", "off", "all")
-"""What may be merged; see `compress.reparam.merge`."""
+"""What may be merged; see `compress.reparam.merging`."""
 MERGE = "merge_branches"
 _Kind = tuple[str, tuple[type, ...], tuple[type, ...]]
 _TEXT: _Kind = ("text", (str,), ())

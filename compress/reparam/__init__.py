@@ -13,11 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.reparam.merge import MergeBranches, merge
+    from compress.reparam.merging import MergeBranches, merge
 
 _HOME = {
-    "MergeBranches": "compress.reparam.merge",
-    "merge": "compress.reparam.merge",
+    "MergeBranches": "compress.reparam.merging",
+    "merge": "compress.reparam.merging",
 }
 
 __all__ = ["MergeBranches", "merge"]
@@ -26,7 +26,6 @@ __all__ = ["MergeBranches", "merge"]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'compress.reparam' has no attribute {name!r}")
-    # Set in the module only by name, since a function may be called like the module it is in.
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

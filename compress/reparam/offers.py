@@ -70,8 +70,10 @@ class Market:
                 continue
             if offer.reason:
                 left[sink] = offer.reason
-            elif offer.gain >= self._inner_gain(part):
+            elif self.profit == "all" or offer.gain >= self._inner_gain(part):
                 found.append(offer)
+        if self.profit == "all":
+            return found[::-1], left
         return sorted(found, key=lambda offer: -offer.gain), left
 
     def ignoring(self, nodes: frozenset[ir.Node]) -> Market:

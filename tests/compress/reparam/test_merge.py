@@ -23,7 +23,6 @@ from compress.recipe import Recipe, default_passes
 from compress.reference import reference_session, run
 from compress.registry import create_pass, create_target
 from compress.reparam import MergeBranches, merge
-from compress.reparam.merge import MergeBranches as Direct
 from compress.rewrites import output_statistics
 from compress.settings import Settings, choose_passes
 from compress.testing import PassContract
@@ -57,7 +56,7 @@ def details(model: Model) -> dict[str, Any]:
     return dict(model.history[-1].details)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=2, max_size=3),
     stride=st.integers(1, 2),
@@ -105,7 +104,6 @@ def test_parallel_convolutions_become_one(
     assert op_types(done) == ["Conv", "Relu"]
     assert_same(before, after)
     merged = details(done)["merged"]
-    assert len(merged) == 1
     (facts,) = merged.values()
     assert facts["operators"] == [2 * len(sizes) - 1 + skip, 1]
 
@@ -175,7 +173,7 @@ def test_forms_of_branches(onnx_model: Build, body: str, expected: list[str]) ->
         ("[m] m = Mul(x, x) [a] a = Conv(m, v) [s] y = Mul(a, x)", OUT, ""),
         ("[e] e = Exp(v) [a] a = Conv(x, e) [b] b = Conv(x, v) [s] y = Add(a, b)", OUT, ""),
         ("[p] p = AveragePool<kernel_shape=[3,3],pads=[1,1,1,1]>(x) [a] a = Conv(x, v) "
-         "[s] y = Add(p, a)", OUT, "p leaves padding out of its means at borders"),
+         "[s] y = Add(p, a)", OUT, "p leaves padding out of its means"),
         ("[p] p = AveragePool<kernel_shape=[3,3],pads=[1,1,1,1],count_include_pad=1,"
          "strides=[2,2],ceil_mode=1>(x) [a] a = Conv<strides=[2,2]>(x, v) [s] y = Add(p, a)",
          OUT, "p rounds the size of its output up"),
@@ -187,17 +185,18 @@ def test_forms_of_branches(onnx_model: Build, body: str, expected: list[str]) ->
          "a constant differs from place to place"),
         ("[a] a = Conv<pads=[1,1,1,1]>(x, w) [b] b = Conv<pads=[3,3,3,3],dilations=[3,3]>(x, w) "
          "[s] y = Add(a, b)", OUT, "one layer would take 2.72 times the multiply-accumulates"),
-        ("[a] a = Conv(x, v) [b] y = Conv<pads=[1,1,1,1]>(a, w)", OUT,
+        ("[a] a = Conv(x, n) [b] y = Conv<pads=[1,1,1,1]>(a, m)", OUT,
          "one layer instead of the chain would take"),
         ("[a] a = Conv(x, v) [b] b = Conv(x, u) [s] y = Concat<axis=2>(a, b)", OUT,
          "s concatenates along another axis"),
     ],
     ids=["activation", "second user", "other inputs", "output", "product", "computed weights",
-         "mean at borders", "ceil", "padded bias", "padded window", "map", "dilated", "growing chain",
-         "axis"],
+         "mean at borders", "ceil", "padded bias", "padded window", "map", "dilated",
+         "growing chain", "axis"],
 )  # fmt: skip
 def test_what_is_left_alone(onnx_model: Build, body: str, outputs: str, reason: str) -> None:
     weights: dict[str, Any] = {"w": (4, 4, 3, 3), "v": (4, 4, 1, 1), "c": (4,), "u": (4, 4, 1, 1)}
+    weights |= {"n": (1, 4, 1, 1), "m": (4, 1, 3, 3)}
     weights["map"] = np.random.default_rng(0).normal(size=(1, 1, 9, 9)).astype(np.float32)
     text = f"g ({IN}) => ({outputs}) {{{body}}}"
     used = {
@@ -220,9 +219,9 @@ def test_strides_that_differ_are_left_alone(onnx_model: Build) -> None:
     assert details(done)["left"] == {"s": "strides 2 and 1 differ"}
 
 
-def test_doubles_and_halves_are_left_alone(onnx_model: Build) -> None:
-    text = "g (double[1,4,5,5] x) => (double y) {[a] a = Conv(x, v) [s] y = Add(a, x)}"
-    model = onnx_model(text, v=np.ones((4, 4, 1, 1)))
+def test_doubles_are_left_alone(onnx_model: Build) -> None:
+    text = "g (double[1,5,4] x) => (double[1,5,4] y) {[a] a = MatMul(x, v) [s] y = Add(a, x)}"
+    model = onnx_model(text, v=np.ones((4, 4)))
     done, _, _ = applied(model)
     assert "float32" in details(done)["left"]["s"]
 
@@ -309,7 +308,7 @@ def families() -> dict[str, Callable[[], nn.Module]]:
 
     return {
         "RepVGG": lambda: Sum(normed(6, 6, 3, padding=1), normed(6, 6, 1), norm(6)),
-        "MobileOne depthwise": lambda: Sum(*(depthwise(3) for _ in range(3)), depthwise(1), norm(6)),
+        "MobileOne depthwise": lambda: Sum(*map(depthwise, (3, 3, 3, 1)), norm(6)),
         "MobileOne pointwise": lambda: Sum(*(normed(6, 6, 1) for _ in range(3)), norm(6)),
         "ACB": lambda: Sum(
             normed(6, 8, 3, padding=1),
@@ -442,7 +441,7 @@ def test_scales_that_differ_are_flagged_and_shared(onnx_model: Build) -> None:
             target=TARGET, original=model, calibration=load_data(images, model.inputs)
         )
         before = run(reference_session(model.graph_model), model.example(2))
-        done = Direct(equalize=equalize, samples=4).apply(model, context)
+        done = MergeBranches(equalize=equalize, samples=4).apply(model, context)
         assert_same(before, run(reference_session(done.graph_model), done.example(2)))
         found = details(done)
         assert found["suspicious"] == ["a"]
