@@ -17,6 +17,7 @@ from compress.candidates import (
     drop_facts,
     int8_share,
     keeps_limit,
+    merged_sites,
     reasons,
     score_facts,
     site_rows,
@@ -202,7 +203,7 @@ def _candidate(given: Preparation, found: Prepared, variant: Variant) -> Candida
         score=_simulated(score_facts(after)),
         drop=drop_facts(before, after) if name != BASELINE else None,
         fidelity=close.to_dict() if close is not None else None,
-        int8_macs=int8_share(found.engines[name].kernels(), sites),
+        int8_macs=int8_share(found.engines[name].kernels(), merged_sites(sites, variant.model)),
         allowed=name == BASELINE or keeps_limit(before, after, given.limits),
     )
 

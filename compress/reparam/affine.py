@@ -278,18 +278,18 @@ class AffineMap:
         first, last = self._regrouped(groups), second._regrouped(groups)
         kernel = np.zeros((groups, last.shape[1], first.shape[2], *whole.sizes))
         pairs = list(zip(self.geometry.axes, second.geometry.axes, whole.axes, strict=True))
-        for tap in itertools.product(*map(range, second.geometry.sizes)):
+        flat = last.reshape(*last.shape[:3], -1)
+        taps = itertools.product(*map(range, second.geometry.sizes))
+        for number, tap in enumerate(taps):
             offsets = [
                 a.stride * (b.first + b.step * i) for (a, b, _), i in zip(pairs, tap, strict=True)
             ]
             places = [a.places(o, w) for (a, _, w), o in zip(pairs, offsets, strict=True)]
-            factors = last[:, :, :, *tap]
-            product = np.einsum("gom,gmi...->goi...", factors, first, optimize=True)
+            product = np.einsum("gom,gmi...->goi...", flat[..., number], first, optimize=True)
             where = np.ix_(*map(range, kernel.shape[:3]), *places)
             kernel[where] += product
         constant = self.bias.reshape(groups, -1)
-        sums = last.reshape(*last.shape[:3], -1).sum(-1)
-        bias = second.bias + np.einsum("gom,gm->go", sums, constant).reshape(-1)
+        bias = second.bias + np.einsum("gom,gm->go", flat.sum(-1), constant).reshape(-1)
         return AffineMap(whole, kernel, bias, self.fill)
 
     def _require_outside(self, fill: np.ndarray) -> None:

@@ -178,18 +178,18 @@ def small_model(
                 kept.append(stand_in(f"c{len(kept)}", array))
                 known[value] = kept[-1]
         made = _copies(node, [known[value] for value in node.inputs], kept)
-        for out, copy in zip(node.outputs, made[-1].outputs, strict=False):
-            known[out] = copy
+        for out, result in zip(node.outputs, made[-1].outputs, strict=False):
+            known[out] = result
         copies += made
     for index, copy in enumerate(copies):
         for at, out in enumerate(copy.outputs):
             out.name = f"v{index}_{at}"
-    result = known[output]
-    assert result is not None  # one of the operators writes it
-    result.type = ir.TensorType(ir.DataType.FLOAT)
+    last = known[output]
+    assert last is not None  # one of the operators writes it
+    last.type = ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(
         [v for v in inputs if v is not None],
-        [result],
+        [last],
         nodes=copies,
         initializers=kept,
         opset_imports={"": OPSET},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,7 +17,7 @@ from compress.rewrites import RELATIVE_TOLERANCE, new_constant, replace_node
 ROOT = "in0"
 
 
-def layer(whole: AffineMap, layout: Layout, gemm: bool) -> list[tuple[str, dict[str, object]]]:
+def layer(whole: AffineMap, layout: Layout, gemm: bool) -> list[tuple[str, dict[str, Any]]]:
     """Operators that compute a map, with their attributes; each takes one constant, Conv two."""
     if layout.dims is None:
         if gemm:
@@ -23,7 +25,7 @@ def layer(whole: AffineMap, layout: Layout, gemm: bool) -> list[tuple[str, dict[
         return [("MatMul", {}), *([("Add", {})] if whole.bias.any() else [])]
     axes = whole.geometry.axes
     begins, ends = [axis.pads[0] for axis in axes], [axis.pads[1] for axis in axes]
-    attributes: dict[str, object] = {
+    attributes: dict[str, Any] = {
         "kernel_shape": list(whole.geometry.sizes),
         "strides": [axis.stride for axis in axes],
         "dilations": [axis.step for axis in axes],
@@ -82,7 +84,7 @@ def prove(part: Part, whole: AffineMap, layout: Layout, shapes: Shapes) -> float
 def write(graph: ir.Graph, part: Part, whole: AffineMap, layout: Layout, name: str) -> ir.Node:
     """Replace a part by its layer, which gets this name; the layer."""
     gemm = is_gemm(part)
-    made = []
+    made: list[ir.Node] = []
     source = part.root
     for op_type, attributes in layer(whole, layout, gemm):
         node = ir.node(op_type, [source], attributes, name=name if not made else f"{name}/bias")
@@ -97,7 +99,7 @@ def write(graph: ir.Graph, part: Part, whole: AffineMap, layout: Layout, name: s
         constant = [v for v in node.inputs if v is not None and v.const_value is not None]
         graph.remove(node, safe=True)
         for value in constant:
-            if not value.uses() and value.name in graph.initializers:
+            if value.name and not value.uses() and value.name in graph.initializers:
                 graph.initializers.pop(value.name)
     suffixes = ("weight", "bias")
     for index, array in enumerate(constants(whole, layout, gemm)):

@@ -158,8 +158,12 @@ def _looks_mergeable(node: ir.Node, order: dict[ir.Node, float]) -> bool:
         return False
     parts = parts_behind(node, order)
     return any(part.joins or part.layers + part.pools > 1 for part in parts) or (
-        is_join(node) and any(is_join(v.producer()) for v in operands(node) if v.producer())
+        is_join(node) and any(p is not None and is_join(p) for p in _producers(node))
     )
+
+
+def _producers(node: ir.Node) -> list[ir.Node | None]:
+    return [value.producer() for value in operands(node)]
 
 
 @dataclass

@@ -44,9 +44,9 @@ def weight_spreads(part: Part, whole: AffineMap) -> list[float]:
 
 def _ranges(weight: np.ndarray, node: ir.Node) -> np.ndarray:
     """Largest weight of every output channel."""
-    if node.op_type == "Conv" or node.attributes.get_int("transB", 0):
-        return np.abs(weight).reshape(len(weight), -1).max(1)
-    return np.abs(weight).max(-2).reshape(-1)
+    rows = node.op_type == "Conv" or bool(node.attributes.get_int("transB", 0))
+    found = np.abs(weight).reshape(len(weight), -1).max(1) if rows else np.abs(weight).max(-2)
+    return np.asarray(found).reshape(-1)
 
 
 def activation_spreads(

@@ -108,7 +108,8 @@ def _adds(node: ir.Node) -> bool:
 
 def _sum(terms: list[Term], name: str) -> list[ir.Node]:
     first = next(term for term in terms if not term.negative)
-    total, nodes = first.value, []
+    total = first.value
+    nodes: list[ir.Node] = []
     for term in terms:
         if term is not first:
             operator = "Sub" if term.negative else "Add"
