@@ -80,14 +80,15 @@ class MergeBranches:
         """Merge what pays; outputs equal the input model's within rounding."""
         graph = model.graph_model.graph
         order = {node: float(index) for index, node in enumerate(graph)}
-        sinks = [node for node in graph if _looks_mergeable(node, order)]
-        if not sinks:
+        framed = any(node.op_type == "ScatterND" for node in graph)
+        if not framed and not any(_looks_mergeable(node, order) for node in graph):
             return self._done(model, {"merged": {}, "left": {}})
         before = dataclasses.replace(model, program=model.graph_model.clone())
         shapes = infer_shapes(model.graph_model)
         frames = hide_frames(graph, shapes)
         moves = frozenset(node for frame in frames for node in frame.moves)
         order |= {frame.node: order[frame.producer] + 0.25 for frame in frames}
+        sinks = [node for node in graph if _looks_mergeable(node, order, moves)]
         work = _Work(graph, Market(shapes, order, self.profit, moves), shapes)
         work.statistics = output_statistics(model)
         work.merge_all(sinks)
@@ -152,11 +153,13 @@ def merge(model: Any, profit: Profit = "auto", **how: Any) -> Model:
     return MergeBranches(profit=profit).apply(done, context)
 
 
-def _looks_mergeable(node: ir.Node, order: dict[ir.Node, float]) -> bool:
+def _looks_mergeable(
+    node: ir.Node, order: dict[ir.Node, float], ignored: frozenset[ir.Node] = frozenset()
+) -> bool:
     """Whether branches of one tensor meet here, perhaps among others, or a chain ends here."""
     if not is_affine(node):
         return False
-    parts = parts_behind(node, order)
+    parts = parts_behind(node, order, ignored)
     return any(part.joins or part.layers + part.pools > 1 for part in parts) or (
         is_join(node) and any(p is not None and is_join(p) for p in _producers(node))
     )

@@ -341,14 +341,14 @@ def test_every_family_is_found_in_the_export(family: str) -> None:
     found = details(done)
     assert len(found["merged"]) == 1
     (facts,) = found["merged"].values()
-    assert facts["macs"][1] < facts["macs"][0]
+    assert facts["macs"][1] <= facts["macs"][0]
     assert facts["parameters"][1] < facts["parameters"][0]
     x = done.example(2, seed=1)
     with torch.no_grad():
         expected = net(torch.from_numpy(next(iter(x.values())))).numpy()
     got = next(iter(run(reference_session(done.graph_model), x).values()))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert found["macs"][1] < found["macs"][0]
+    assert found["macs"][1] <= found["macs"][0]
     assert list(output_statistics(done)) == []
 
 
