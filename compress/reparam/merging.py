@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
 import onnx_ir as ir
 
 from compress.errors import UsageError
-from compress.graph import graph_sites, infer_shapes
+from compress.graph import infer_shapes
 from compress.model import Model, Step
 from compress.passes import Context
 from compress.reference import largest_difference, largest_magnitude, reference_session, run
 from compress.registry import create_pass, create_target
 from compress.reparam.affine import AffineMap, NotMergeableError
 from compress.reparam.branches import parts_behind
-from compress.reparam.emit import name_of, prove, write
+from compress.reparam.emit import prove, write
+from compress.reparam.facts import (
+    is_suspicious,
+    keep_statistics,
+    merge_facts,
+    remarks,
+    totals,
+)
 from compress.reparam.frames import hide_frames, show_frames
 from compress.reparam.offers import Market, Offer, Profit, affine_map
 from compress.reparam.reading import (
     FRAME,
-    WEIGHTED,
     Layout,
-    Shapes,
     is_affine,
     is_join,
     operands,
-    read,
 )
-from compress.reparam.spread import activation_spreads, is_suspicious, weight_spreads
+from compress.reparam.spread import activation_spreads, weight_spreads
 from compress.reparam.terms import regroup
 from compress.rewrites import (
     RELATIVE_TOLERANCE,
     STATISTICS,
     Statistics,
-    constant_array,
     listed,
     output_statistics,
     remove_unused,
@@ -102,16 +103,16 @@ class MergeBranches:
             left = {"": f"together the merges change the outputs by {difference:.2g}"}
             return self._done(before, {"merged": {}, "left": left})
         details |= {"max_relative_difference": difference, STATISTICS: listed(work.statistics)}
-        details |= _totals(before.graph_model, model.graph_model)
+        details |= totals(before.graph_model, model.graph_model)
         if context.calibration is not None:
             spreads = activation_spreads(before, work.watched, context.calibration, self.samples)
             for name, found in spreads.items():
                 work.merged[name]["activation_spread"] = found
-        suspicious = [name for name, facts in work.merged.items() if _is_suspicious(facts)]
+        suspicious = [name for name, facts in work.merged.items() if is_suspicious(facts)]
         details["suspicious"] = suspicious
         if suspicious and self.equalize:
             model = self._equalized(model, context, details)
-        details["remarks"] = _remarks(details)
+        details["remarks"] = remarks(details)
         return self._done(model, details)
 
     def _equalized(self, model: Model, context: Context, details: dict[str, Any]) -> Model:
@@ -221,85 +222,14 @@ class _Work:
 
     def _write(self, offer: Offer, whole: AffineMap, difference: float) -> None:
         part = offer.part
-        name, facts = _facts(offer, self.shapes, difference)
+        name, facts = merge_facts(offer, self.shapes, difference)
         facts["weight_spread"] = weight_spreads(part, whole)
         branches = [n.outputs[0].name or "" for n in part.nodes[:-1] if n.op_type != FRAME]
         self.watched[name] = branches, part.output.name or "", offer.layout
         self.gone |= set(part.nodes)
-        _keep_statistics(offer, name, self.statistics)
+        keep_statistics(offer, name, self.statistics)
         write(self.graph, part, whole, offer.layout, name)
         self.merged[name] = facts
-
-
-def _facts(offer: Offer, shapes: Shapes, difference: float) -> tuple[str, dict[str, Any]]:
-    """The name of the layer, and what the report says of it."""
-    part, parameters = offer.part, 0
-    macs: dict[ir.Node, int] = {}
-    for node in part.nodes:
-        constants = [constant_array(v) for v in node.inputs if v is not None and v.const_value]
-        parameters += sum(c.size for c in constants if c is not None and c.dtype == np.float32)
-        if node.op_type in WEIGHTED:
-            macs[node] = read(node, offer.layout, shapes).geometry.macs
-    after = offer.geometry.outputs * offer.geometry.inputs // offer.geometry.groups
-    after = after * int(np.prod(offer.geometry.sizes)) + offer.geometry.outputs
-    return name_of(part, macs), {
-        "from": [node.name or "" for node in part.nodes],
-        "macs": list(offer.macs),
-        "parameters": [parameters, after],
-        "operators": [len(part.nodes), 1],
-        "max_relative_difference": difference,
-    }
-
-
-def _is_suspicious(facts: Mapping[str, Any]) -> bool:
-    spreads = [facts[name] for name in ("weight_spread", "activation_spread") if name in facts]
-    return any(map(is_suspicious, spreads))
-
-
-def _remarks(details: Mapping[str, Any]) -> list[str]:
-    """Sentences for the report."""
-    merged, suspicious = details["merged"], details["suspicious"]
-    was, now = details["macs"]
-    texts = [
-        f"{sum(one['operators'][0] for one in merged.values())} operators of branches and chains "
-        f"were merged into {len(merged)} layers: {100 * (1 - now / max(was, 1)):.3g} % fewer "
-        f"multiply-accumulates, outputs equal to {details['max_relative_difference']:.1g} of the "
-        f"largest."
-    ]
-    if suspicious:
-        worst = max(
-            max(merged[name]["weight_spread"][1], *merged[name].get("activation_spread", [0])[1:])
-            for name in suspicious
-        )
-        texts += [
-            f"In {len(suspicious)} merged layers the channels differ in scale by up to "
-            f"{worst:.0f} times, which costs int8 accuracy; "
-            + (
-                "they share their scales with the layers behind them now."
-                if "equalized" in details
-                else "the pass `equalize` can repair it."
-            )
-        ]
-    return texts
-
-
-def _keep_statistics(offer: Offer, name: str, statistics: Statistics) -> None:
-    """What is known of the merged output: what a BatchNorm or a last layer of a chain said.
-
-    The deviation of a sum depends on how its terms go together, which nobody recorded.
-    """
-    last = offer.part.nodes[-1]
-    kept = statistics.get(last.name or "") if last.op_type in WEIGHTED else None
-    if last.op_type == "BatchNormalization":
-        gamma, beta, _, var = (
-            np.asarray(constant_array(value), np.float64) for value in last.inputs[1:5]
-        )
-        epsilon = last.attributes.get_float("epsilon", 1e-5)
-        kept = beta, np.abs(gamma) * np.sqrt(var / (var + epsilon))
-    for node in offer.part.nodes:
-        statistics.pop(node.name or "", None)
-    if kept is not None:
-        statistics[name] = kept
 
 
 def _difference(before: Model, model: Model) -> float:
@@ -309,13 +239,3 @@ def _difference(before: Model, model: Model) -> float:
     got = run(reference_session(model.graph_model), inputs)
     worst = max(largest_difference(got[name], array) for name, array in expected.items())
     return worst / max(1e-6, *(largest_magnitude(array) for array in expected.values()))
-
-
-def _totals(before: ir.Model, after: ir.Model) -> dict[str, list[int]]:
-    """MACs and parameters of the whole network."""
-    both = graph_sites(before), graph_sites(after)
-    return {
-        "macs": [sum(site.macs for site in sites) for sites in both],
-        "parameters": [sum(site.parameters for site in sites) for sites in both],
-        "operators": [len(sites) for sites in both],
-    }

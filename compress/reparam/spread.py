@@ -96,7 +96,7 @@ def activation_spreads(
     }
 
 
-def is_suspicious(spreads: list[float]) -> bool:
+def is_wide(spreads: list[float]) -> bool:
     """Whether a spread is large, and was not before."""
     before, after = spreads
     return after > LARGE and after > GROWN * before
