@@ -8,7 +8,8 @@ Networks of ours (`benchmarks.reparam_networks`) and timm's, in the form they ar
 structure: groups of branches that were merged, beside those that the network has or that its own
 `reparameterize` merges; outputs of the merged graph against torch; MACs, parameters, operators.
 accuracy: the two that are trained on CIFAR-10, in float and in int8, before and after merging, with
-and without `equalize`, with a scale for each output channel and with one for each weight tensor.
+and without `equalize`, with a scale for each output channel and with one for each weight tensor;
+the first once more with its channels rescaled, which leaves its function and not its ranges.
 latency: ONNX Runtime on one thread, batch 1, BatchNorm folded in both, timed in turns.
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import HERE, Results, shared_module, torchvision_models
-from benchmarks.reparam_networks import OURS, TRAINED, randomise, train
+from benchmarks.reparam_networks import OURS, TRAINED, randomise, rescale, train
 from compress.data import Data, load_data
 from compress.export import run_torch, to_onnx
 from compress.graph import graph_sites
@@ -153,7 +154,10 @@ def accuracy(name: str, epochs: int, images: int) -> dict[str, Any]:
     cifar10 = shared_module("data/load.py").cifar10
     x, y = cifar10("train", TRAINING_IMAGES + CALIBRATION_IMAGES)
     held, learn = slice(0, CALIBRATION_IMAGES), slice(CALIBRATION_IMAGES, None)
+    name, _, rescaled = name.partition(" ")
     module = train(name, x[learn], y[learn], epochs, HERE / "checkpoints")
+    if rescaled:
+        module = rescale(module)
     target = CPU(threads=1)
     original = load(module, inputs=[OURS[name][1]])
     exported = to_onnx(original, target.capabilities.opset)
@@ -209,6 +213,9 @@ def main() -> None:
         for name in given.only
         if part != "accuracy" or name in TRAINED
     ]
+
+    if "accuracy" in given.parts and "repvgg" in given.only:
+        names.append("accuracy: repvgg rescaled")
 
     def one(key: str, folder: Path) -> dict[str, Any]:
         part, name = key.split(": ")

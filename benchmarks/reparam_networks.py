@@ -7,6 +7,7 @@ layer with grouped branches. Nothing here marks what can be merged: that is what
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,32 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
                 uniform(norm.running_mean, -0.3, 0.3)
                 uniform(norm.running_var, 0.5, 1.5)
     return module.eval()
+
+
+def rescale(net: nn.Module, octaves: float = 5.0, seed: int = 0) -> nn.Module:
+    """The same function of a RepVGG-style network with channels of very different scales.
+
+    What a channel of a block is multiplied by, up to 2 to the power of `octaves`, the branches of
+    the next block divide by: what long training with batch statistics does to some networks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [block for block in net.children() if isinstance(block, Branches)]
+    with torch.no_grad():
+        for block, behind in itertools.pairwise(blocks):
+            norms = [b if isinstance(b, nn.BatchNorm2d) else b[1] for b in block.branches]
+            scale = 2 ** (octaves * (2 * torch.rand(len(norms[0].weight), generator=generator) - 1))
+            for norm in norms:
+                norm.weight *= scale
+                norm.bias *= scale
+            for branch in behind.branches:
+                if isinstance(branch, nn.BatchNorm2d):
+                    branch.running_mean *= scale
+                    branch.weight /= (branch.running_var + branch.eps).sqrt()
+                    branch.running_var *= scale**2
+                    branch.weight *= (branch.running_var + branch.eps).sqrt() / scale
+                else:
+                    branch[0].weight /= scale.view(1, -1, 1, 1)
+    return net
 
 
 def train(
