@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from compress.reparam.expansion import Expansion, expand, merge_expanded
     from compress.reparam.lowrank import low_rank
     from compress.reparam.lowrank_torch import factorize, full_ranks
+    from compress.reparam.merging import MergeBranches, merge
     from compress.reparam.modes import ModeReport, set_mode, tune
     from compress.reparam.pairs import Pair
 
 _HOME = {
     "Expansion": "compress.reparam.expansion",
+    "MergeBranches": "compress.reparam.merging",
     "ModeReport": "compress.reparam.modes",
     "Pair": "compress.reparam.pairs",
     "compile_tuned": "compress.reparam.compiled",
@@ -34,6 +36,7 @@ _HOME = {
     "factorize": "compress.reparam.lowrank_torch",
     "full_ranks": "compress.reparam.lowrank_torch",
     "low_rank": "compress.reparam.lowrank",
+    "merge": "compress.reparam.merging",
     "merge_expanded": "compress.reparam.expansion",
     "recover": "compress.recovery",
     "set_mode": "compress.reparam.modes",
@@ -42,6 +45,7 @@ _HOME = {
 
 __all__ = [
     "Expansion",
+    "MergeBranches",
     "ModeReport",
     "Pair",
     "compile_tuned",
@@ -49,6 +53,7 @@ __all__ = [
     "factorize",
     "full_ranks",
     "low_rank",
+    "merge",
     "merge_expanded",
     "recover",
     "set_mode",
