@@ -108,9 +108,9 @@ def gap_figure(points: Sequence[GapPoint], unit: str = "top-1", title: str = "")
         room = (max(accuracies) - min(accuracies)) * 0.15 or abs(accuracies[0]) * 0.02 or 0.5
         axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
         if unit == "top-1":
-            from matplotlib.ticker import FuncFormatter
+            from matplotlib.ticker import PercentFormatter
 
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{plain(v * 100)}%"))
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
         axes.set_ylabel(f"accuracy ({shortened(unit)})")
         axes.set_xlabel("latency, ms (logarithmic)")
         axes.grid()

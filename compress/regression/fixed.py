@@ -32,12 +32,14 @@ class Scores:
         baseline: the same.
         drop: paired, where both were evaluated here.
         recorded: whether they come from reports and not from an evaluation here.
+        same: both sides are the same files, so that records differ by nothing.
     """
 
     candidate: Mapping[str, Any] | None = None
     baseline: Mapping[str, Any] | None = None
     drop: Drop | None = None
     recorded: bool = True
+    same: bool = False
 
 
 def evaluate(
@@ -54,7 +56,10 @@ def evaluate(
         EngineError: an engine failed.
     """
     if evaluator is None:
-        return Scores(candidate.recorded_score, baseline.recorded_score if baseline else None)
+        if baseline is None:
+            return Scores(candidate.recorded_score)
+        same = candidate.hashes == baseline.hashes != ()
+        return Scores(candidate.recorded_score, baseline.recorded_score, same=same)
     first = evaluator(candidate.engine, progress)
     if baseline is None:
         return Scores(_facts(first, evaluator), recorded=False)
@@ -140,7 +145,7 @@ def _ends(
     if scores.drop is not None:
         return scores.drop.points, scores.drop.low, scores.drop.high
     value = float(other["value"] - own["value"]) * scale
-    if own["unit"] != "top-1" or not own["n"] or not other["n"]:
+    if scores.same or own["unit"] != "top-1" or not own["n"] or not other["n"]:
         return value, value, value
     variance = sum(one["value"] * (1 - one["value"]) / one["n"] for one in (own, other))
     half = 1.96 * math.sqrt(variance) * scale

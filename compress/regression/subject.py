@@ -55,6 +55,12 @@ class Subject:
         workload = self.report["latency"] if self.report else {}
         return int(workload.get("batch", 1))
 
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Of the model's files, where a report or a record has them."""
+        known = self.report["files"] if self.report else self.record.files if self.record else {}
+        return tuple(sorted(known.values()))
+
     def remarks(self) -> tuple[str, ...]:
         """What a reader should know of a time that is measured here."""
         if self.report is None:

@@ -17,6 +17,8 @@ from compress.errors import LoadError, UsageError
 from compress.exits import CANNOT_TELL, NOT_MET, USAGE
 from compress.machine import fingerprint, this_machine
 from compress.regression.budgets import load_budget
+from compress.regression.fixed import Scores, accuracy_rows
+from compress.regression.limits import Limit
 from compress.regression.lock import measuring_alone
 from compress.regression.record import RECORD, read_record
 
@@ -127,19 +129,31 @@ def test_without_eval_an_accuracy_is_that_of_a_record_or_unknown(
     assert "baseline is not known" in known["accuracy", "loses at most 1 points"]["reason"]
 
 
-def test_two_records_of_the_same_data_are_compared_without_pairs(
+def test_two_records_of_the_same_files_differ_by_nothing(
     cli: Cli, recorded: Path, baseline: Path
 ) -> None:
     given = ("--max-drop", "100%", *HASTY, "--json")
     found = rows(cli("check", recorded, "--against", baseline, *given).out)
     row = found["accuracy", "loses at most 100 points"]
     assert row["verdict"] == "pass"
-    assert row["low"] < row["value"] == 0 < row["high"]
+    assert (row["low"], row["value"], row["high"]) == (0, 0, 0)  # the same files
     record = json.loads((baseline / RECORD).read_text())
     record["accuracy"]["sha256"] = "of other data"
     (baseline / RECORD).write_text(json.dumps(record))
     found = rows(cli("check", recorded, "--against", baseline, *given).out)
     assert "different data" in found["accuracy", "loses at most 100 points"]["reason"]
+
+
+def test_two_records_of_the_same_data_are_compared_without_pairs() -> None:
+    score = {"value": 0.9, "unit": "top-1", "n": 400, "data": "images.npz", "sha256": "1"}
+    limit = Limit("accuracy", "max_drop", 0.05)
+    (row,) = accuracy_rows(Scores(score, score), [limit], None)
+    assert row.verdict == "pass"
+    assert row.low is not None
+    assert row.high is not None
+    # Two binomial errors of 1.5 points each.
+    assert row.low == pytest.approx(-1.96 * 100 * (2 * 0.09 / 400) ** 0.5, rel=0.01)
+    assert row.high == pytest.approx(-row.low)
 
 
 @pytest.mark.usefixtures("short_pairs")
