@@ -18,6 +18,7 @@ from compress.candidates import (
     drop_facts,
     int8_share,
     keeps_limit,
+    merged_into,
     reasons,
     score_facts,
     site_rows,
@@ -117,6 +118,7 @@ def report(one: Building, measured: Measured, earlier: Mapping[str, Any]) -> Rep
     chosen = measured.built(decision.chosen)
     machine = this_machine()
     narrow = chosen if decision.chosen != one.baseline else measured.all[-1]
+    model = narrow.variant.model
     sites = graph_sites(one.models[one.baseline].graph_model)
     kept = ("headline", "candidates", "machine", "versions", "command", "created")
     before = earlier["prepared"] or {key: earlier[key] for key in kept}
@@ -128,7 +130,12 @@ def report(one: Building, measured: Measured, earlier: Mapping[str, Any]) -> Rep
         chosen=decision.chosen,
         budget=one.limits.to_dict(),
         candidates=tuple(built.candidate for built in measured.all),
-        sites=site_rows(sites, narrow.engine.kernels(), reasons(narrow.variant.model)),
+        sites=site_rows(
+            sites,
+            narrow.engine.kernels(),
+            reasons(narrow.variant.model),
+            merged_into(narrow.variant.model),
+        ),
         gap=_gap(one, chosen),
         latency=measured.latency,
         evaluation=data_facts(one.data),

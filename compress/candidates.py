@@ -228,14 +228,20 @@ def _elsewhere(
     )
 
 
-def merged_sites(sites: Sequence[Site], model: Model) -> tuple[Site, ...]:
-    """Sites of the original, the work of each that was merged into another counted there."""
-    into = {
+def merged_into(model: Model) -> dict[str, str]:
+    """The layer that an operator was merged into, by the operator's name."""
+    return {
         site: name
         for step in model.history
         for name, facts in step.details.get("merged", {}).items()
         for site in facts["from"]
+        if site != name
     }
+
+
+def merged_sites(sites: Sequence[Site], model: Model) -> tuple[Site, ...]:
+    """Sites of the original, the work of each that was merged into another counted there."""
+    into = merged_into(model)
     macs = {site.name: 0 for site in sites}
     for site in sites:
         home = into.get(site.name, site.name)
@@ -252,17 +258,30 @@ def int8_share(kernels: Sequence[Kernel], sites: Sequence[Site]) -> float:
 
 
 def site_rows(
-    sites: Sequence[Site], kernels: Sequence[Kernel], reasons: Mapping[str, str]
+    sites: Sequence[Site],
+    kernels: Sequence[Kernel],
+    reasons: Mapping[str, str],
+    merged: Mapping[str, str],
 ) -> tuple[Mapping[str, Any], ...]:
-    """What became of every site in the compressed engine, and why it is not int8."""
+    """What became of every site in the compressed engine, and why it is not int8.
+
+    Args:
+        sites: of the original.
+        kernels: of the engine.
+        reasons: why operators stay in float, by site.
+        merged: the layer that an operator was merged into, by site.
+    """
     executed: dict[str, str] = {}
     for kernel in kernels:
         if kernel.site and executed.get(kernel.site) != "int8":
             executed[kernel.site] = kernel.precision
     rows = []
     for site in sites:
-        precision = executed.get(site.name, FUSED)
-        reason = reasons.get(site.name, "") if precision != "int8" else ""
+        home = merged.get(site.name, site.name)
+        precision = executed.get(home, FUSED)
+        reason = reasons.get(home, "") if precision != "int8" else ""
+        if home != site.name:
+            reason = f"merged into {home}" + (f"; {reason}" if reason else "")
         if site.macs and precision == FLOAT and not reason:
             reason = "the runtime left it in float32 although Q/DQ surround it"
         rows.append(

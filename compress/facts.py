@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.candidates import HERE, Built, Measured, reasons, site_rows
+from compress.candidates import HERE, Built, Measured, merged_into, reasons, site_rows
 from compress.data import Data
 from compress.device_sheet import DeviceSheet
 from compress.errors import EngineError
@@ -40,7 +40,7 @@ def site_rows_of(
     """What became of every operator in the model that the report shows."""
     model = shown_model(measured, chosen)
     built = next(one for one in measured.all if one.variant.model is model)
-    return site_rows(sites, built.engine.kernels(), reasons(model))
+    return site_rows(sites, built.engine.kernels(), reasons(model), merged_into(model))
 
 
 def explained(measured: Measured, chosen: Built) -> tuple[Built, Built] | tuple[Built]:

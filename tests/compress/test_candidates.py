@@ -212,11 +212,18 @@ def test_rows_say_what_became_of_each_site() -> None:
         Kernel("k2", "DequantizeLinear", "convert", "a"),
         Kernel("k3", "Conv", "float32", "b"),
     ]
-    rows = {row["name"]: row for row in site_rows(SITES, kernels, {"a": "old", "r": "absorbed"})}
+    why = {"a": "old", "r": "absorbed"}
+    rows = {row["name"]: row for row in site_rows(SITES, kernels, why, {})}
     assert rows["a"]["precision"] == "int8"
     assert rows["a"]["reason"] == ""
     assert rows["b"]["reason"] == "the runtime left it in float32 although Q/DQ surround it"
     assert (rows["r"]["precision"], rows["r"]["reason"]) == ("fused", "absorbed")
+
+
+def test_a_merged_site_has_the_precision_of_the_layer_that_it_became_part_of() -> None:
+    kernels = [Kernel("k1", "QLinearConv", "int8", "a")]
+    rows = {row["name"]: row for row in site_rows(SITES, kernels, {}, {"b": "a"})}
+    assert (rows["b"]["precision"], rows["b"]["reason"]) == ("int8", "merged into a")
 
 
 @dataclass(frozen=True)
