@@ -130,12 +130,7 @@ def report(one: Building, measured: Measured, earlier: Mapping[str, Any]) -> Rep
         chosen=decision.chosen,
         budget=one.limits.to_dict(),
         candidates=tuple(built.candidate for built in measured.all),
-        sites=site_rows(
-            sites,
-            narrow.engine.kernels(),
-            reasons(narrow.variant.model),
-            merged_into(narrow.variant.model),
-        ),
+        sites=site_rows(sites, narrow.engine.kernels(), reasons(model), merged_into(model)),
         gap=_gap(one, chosen),
         latency=measured.latency,
         evaluation=data_facts(one.data),
