@@ -194,6 +194,72 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def predictor() -> list[list[str]]:
+    """Errors of the four classes of estimates, and of proxies, on networks none of them saw."""
+    rows = [["estimate", "within 5 %", "within 10 %", "MAPE", "Spearman", "set-up", "a query"]]
+    for source, found in entries("predictor")["summary"].items():
+        if not isinstance(found, dict) or "all" not in found:
+            continue
+        every = found["all"]
+        shares = [f"{every[key]:.0%}" for key in ("within_5", "within_10")]
+        errors = [f"{every['mape']:.1%}", f"{every['spearman']:.3f}"]
+        times = [_seconds(found.get(key)) for key in ("setup_seconds", "query_seconds")]
+        rows.append([source, *shares, *errors, *times])
+    return rows
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
+
+
+def gate(name: str) -> list[list[str]]:
+    """How often the gate says what, and how long it takes."""
+    rows = [["planted", "tries", "fail", "pass", "cannot tell", "median s", "longest s"]]
+    for key, found in entries(name).items():
+        scenario, _, kind = key.partition("/")
+        if kind == "summary":
+            low, high = found["clopper_pearson"]
+            failed = f"{found['fail']} [{low:.1%}, {high:.1%}]"
+            counts = [str(found["tries"]), failed, str(found["pass"]), str(found["cannot tell"])]
+            times = [f"{found[key]:.1f}" for key in ("median_seconds", "max_seconds")]
+            rows.append([scenario, *counts, *times])
+    return rows
+
+
+def memory() -> list[list[str]]:
+    """Estimated peaks over the runtimes' own figures."""
+    columns = [(form, run) for form in ("float32", "int8") for run in ("onnxruntime", "openvino")]
+    rows = [["network", "ideal float32", "ideal int8", *(" ".join(pair) for pair in columns)]]
+    for network, entry in entries("memory").items():
+        if "ideal" not in entry:
+            continue
+        ideal = [f"{entry['ideal'][form]['best_bytes'] / 1e6:.3g} MB" for form in FORMATS]
+        ratios = [
+            entry.get(form, {}).get(run, {}).get("estimate_over_runtime") for form, run in columns
+        ]
+        rows.append([network, *ideal, *(f"{r:.3f}" if r else "-" for r in ratios)])
+    return rows
+
+
+FORMATS = ("float32", "int8")
+
+
+def patches() -> list[list[str]]:
+    """Peaks of MobileNetV2 in patches, and the products that overlaps cost."""
+    rows = [["input", "whole, int8", *(f"{n}x{n} patches" for n in (2, 3, 4))]]
+    for size in (160, 224):
+        table = entries("memory")[f"patches_{size}"]["table"]
+        splits = {row["split"]: row for row in table["rows"]}
+        cells = [
+            f"{splits[n]['int8']['bytes'] / 1e3:.0f} kB, +{splits[n]['overhead']:.1%} MACs"
+            for n in (2, 3, 4)
+        ]
+        rows.append([f"{size} px", f"{table['int8']['bytes'] / 1e3:.0f} kB", *cells])
+    return rows
+
+
 def main() -> None:
     """Replace every table of both pages."""
     tables = {
@@ -208,6 +274,10 @@ def main() -> None:
         "rungs_resnet20": rungs("cifar10_resnet20"),
         "climbs": climbs(),
         "choices": choices(),
+        "predictor": predictor(),
+        "gate": gate("gate"),
+        "memory": memory(),
+        "patches": patches(),
     }
     texts = {page: page.read_text() for page in PAGES}
     for name, rows in tables.items():
