@@ -94,6 +94,7 @@ def _compare(target: Target, model: Model, exported: Model) -> dict[str, Any]:
         entry |= {
             "estimated_bytes": found.bytes,
             "arena_bytes": arena(program).bytes,
+            "idle_bytes": found.idle,
             "operator": found.step,
             "op_type": found.op_type,
             "tensors": [list(one) for one in found.alive[:4]],

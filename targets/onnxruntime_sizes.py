@@ -16,7 +16,8 @@ _INTEGERS = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 
 def shape_of(value: TypeProto) -> Sequence[Any]:
     """The sizes of a tensor as ONNX stores them; none where it has no shape or is no tensor."""
-    return value.tensor_type.shape.dim
+    sizes: Sequence[Any] = value.tensor_type.shape.dim
+    return sizes
 
 
 def value_of(
