@@ -137,12 +137,8 @@ class OnnxRuntimeEngine:
         """The optimized graph, with ONNX Runtime's plan of its buffers."""
         from targets.onnxruntime_memory import planned
 
-        options = session_options(self.settings)
-        for name in dict.fromkeys(s for spec in self.inputs for s in spec.shape):
-            if isinstance(name, str):
-                options.add_free_dimension_override_by_name(name, batch)
-        optimized, _ = self._traced(options, {}, runs=0)
-        return planned(optimized)
+        optimized, _ = self._traced(session_options(self.settings), {}, runs=0)
+        return planned(optimized, batch)
 
     def memory_in_use(self, inputs: Mapping[str, np.ndarray]) -> int | None:
         """What the session's arena had given out at most during the first run, and the inputs."""

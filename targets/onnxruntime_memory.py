@@ -18,36 +18,35 @@ import onnx
 from compress.liveness import Program, Step
 from targets.onnxruntime_shapes import Shape, tensor_types
 
-_ALIASES = frozenset([
-    "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze",
-])  # fmt: skip
+_ALIASES = frozenset(["Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"])
 _IN_PLACE = frozenset([
-    "Abs", "Add", "Cast", "Ceil", "Clip", "Div", "Elu", "Exp", "Floor", "HardSigmoid", "LeakyRelu",
-    "Log", "LogSoftmax", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softmax",
-    "Softplus", "Softsign",
-    "Sqrt", "Sub", "Tanh", "ThresholdedRelu",
+    "Cast", "Celu", "Clip", "Elu", "HardSigmoid", "LeakyRelu", "LogSoftmax", "Relu", "Selu",
+    "Sigmoid", "Softmax", "Softplus", "Softsign", "Tanh", "ThresholdedRelu",
 ])  # fmt: skip
-"""Kernels that are registered with MayInplace for every operand."""
+"""Kernels that may write over their first operand. Arithmetic (Add, Mul, Sqrt, ...) may not."""
 _ADDED_INPUT = 3
 """Operand of a convolution that its result is added to, which the NCHWc kernel overwrites."""
 
 
-def planned(optimized: onnx.ModelProto) -> Program | None:
+def planned(optimized: onnx.ModelProto, batch: int = 1) -> Program | None:
     """The schedule of an optimized graph; None where a shape is not known beforehand.
 
     Args:
-        optimized: as a session writes it, with every size of the inputs fixed.
+        optimized: as a session writes it. The planner tells symbolic sizes apart by their names
+            alone, so that a graph with a symbolic batch shares fewer buffers.
+        batch: what the symbolic sizes of the inputs are.
     """
     graph = optimized.graph
     constants = {one.name for one in graph.initializer}
     inputs = tuple(v.name for v in graph.input if v.name not in constants)
-    types = tensor_types(optimized)
+    types = tensor_types(optimized, batch)
     produced = [name for node in graph.node for name in node.output if name]
     if not all(name in types for name in (*inputs, *produced)):
         return None
-    shapes = {name: types[name][0] for name in (*inputs, *produced)}
-    kinds = {name: types[name][1] for name in shapes}
-    sizes = {name: math.prod(shape) * _item_bytes(kinds[name]) for name, shape in shapes.items()}
+    kinds = {name: types[name][1] for name in (*inputs, *produced)}
+    sizes = {name: math.prod(types[name][0]) * _item_bytes(kind) for name, kind in kinds.items()}
+    told = tensor_types(optimized)
+    shapes = {name: told[name][0] if name in told else None for name in kinds}
     plan = _Plan(shapes, kinds, inputs, [one.name for one in graph.output], graph.node)
     steps = tuple(plan.step(node, sizes) for node in graph.node)
     outputs = tuple(one.name for one in graph.output)
@@ -59,7 +58,7 @@ class _Plan:
 
     def __init__(
         self,
-        shapes: Mapping[str, Shape],
+        shapes: Mapping[str, Shape | None],
         kinds: Mapping[str, int],
         inputs: Sequence[str],
         outputs: Sequence[str],
@@ -97,7 +96,7 @@ class _Plan:
     def _operand(self, node: onnx.NodeProto, index: int, name: str) -> str | None:
         if index == 0 and node.op_type in _ALIASES and node.input[0] in self.shapes:
             return str(node.input[0])
-        operands = list(node.input) if node.op_type in _IN_PLACE else []
+        operands = list(node.input[:1]) if node.op_type in _IN_PLACE else []
         if node.op_type == "Conv" and node.domain == "com.microsoft.nchwc":
             operands = list(node.input[_ADDED_INPUT : _ADDED_INPUT + 1])
         for operand in operands:
@@ -107,6 +106,8 @@ class _Plan:
         return None
 
     def _dead(self, name: str) -> str | None:
+        if not self.shapes[name]:
+            return None  # Scalars, and what has no shape, always get a new one.
         for buffer in self.free:
             if self._alike(buffer, name):
                 self.free.remove(buffer)
@@ -115,7 +116,8 @@ class _Plan:
 
     def _alike(self, one: str, other: str) -> bool:
         same_item = _item_bytes(self.kinds[one]) == _item_bytes(self.kinds[other])
-        return self.shapes[one] == self.shapes[other] and same_item
+        known = self.shapes[one] is not None
+        return known and self.shapes[one] == self.shapes[other] and same_item
 
 
 def reads_of(node: onnx.NodeProto) -> list[str]:

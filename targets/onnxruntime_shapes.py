@@ -9,6 +9,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, TypeProto
 
+from targets.onnxruntime_sizes import shape_of, value_of
+
 Shape = tuple[int, ...]
 _BLOCKED = "com.microsoft.nchwc"
 _STANDS_FOR = {"FusedConv": "Conv", "FusedGemm": "Gemm"}
@@ -24,15 +26,23 @@ _BLOCK = 16
 """Channels of a block with AVX-512, 8 without; weights of the first kernel say which."""
 
 
-def tensor_types(optimized: onnx.ModelProto) -> dict[str, tuple[Shape, int]]:
+def tensor_types(
+    optimized: onnx.ModelProto, batch: int | None = None
+) -> dict[str, tuple[Shape, int]]:
     """Shape and ONNX element type of every tensor for which both are known.
 
     Args:
-        optimized: as a session writes it, with every size of the inputs fixed.
+        optimized: as a session writes it.
+        batch: what the sizes of the inputs with a name are. Without it, symbolic sizes stand for
+            themselves: a large number for each name and one for each place without a name, so
+            that two shapes are equal where ONNX Runtime can tell that they are.
     """
     graph = optimized.graph
     values = (*graph.input, *graph.value_info, *graph.output)
-    types = {value.name: value.type for value in values}
+    numbers: dict[str, int] = {}
+    if batch is not None:
+        numbers = {d.dim_param: batch for v in graph.input for d in shape_of(v.type) if d.dim_param}
+    types = {value.name: _numbered(value.type, numbers, batch is None) for value in values}
     data = {one.name: one for one in graph.initializer}
     types |= {n: onnx.helper.make_tensor_type_proto(t.data_type, t.dims) for n, t in data.items()}
     opsets = {one.domain: one.version for one in optimized.opset_import}
@@ -42,7 +52,27 @@ def tensor_types(optimized: onnx.ModelProto) -> dict[str, tuple[Shape, int]]:
             for name, found in _inferred(node, types, data, opsets[""], block).items():
                 if _known(types.get(name)) is None:
                     types[name] = found
+        if batch is not None:
+            data |= value_of(node, types, data, opsets[""])
     return {name: known for name, one in types.items() if (known := _known(one)) is not None}
+
+
+_STAND_IN = 1_000_003
+"""The first number of a symbolic size; the others follow it."""
+
+
+def _numbered(value: TypeProto, numbers: dict[str, int], invent: bool) -> TypeProto:
+    """The same type with numbers for its symbolic sizes, new ones too if they may be invented."""
+    found = TypeProto()
+    found.CopyFrom(value)
+    for size in shape_of(found):
+        if not size.HasField("dim_value"):
+            name = size.dim_param or f"?{len(numbers)}"
+            if invent:
+                numbers.setdefault(name, _STAND_IN + len(numbers))
+            if name in numbers:
+                size.dim_value = numbers[name]
+    return found
 
 
 def _known(value: TypeProto | None) -> tuple[Shape, int] | None:

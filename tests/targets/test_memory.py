@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.liveness import peak
+from compress.export import to_onnx
+from compress.liveness import Storage, peak
 from compress.memory.engines import engine_peak
+from compress.model import Model, TensorSpec
 from compress.target import MemoryMeasured, Scheduled
 from compress.testing import tiny_exported
 from targets.heap import heap_in_use
 from targets.onnxruntime import OnnxRuntime
 from targets.onnxruntime_memory import most_in_use, planned
+from targets.openvino_solver import block_bytes, unstable_sort
 
 
 def _graph(
@@ -46,6 +54,57 @@ def test_a_dead_buffer_of_the_same_shape_is_used_again_and_stays_allocated() -> 
     assert program.steps[2].views == {"c": "a"}
 
 
+def test_arithmetic_is_not_done_in_place_and_activations_are() -> None:
+    model = _graph(
+        helper.make_node("Conv", ["x", "w"], ["a"], name="a"),
+        helper.make_node("Add", ["a", "w"], ["b"], name="b"),
+        helper.make_node("Relu", ["b"], ["c"], name="c"),
+        helper.make_node("GlobalAveragePool", ["c"], ["y"], name="y"),
+        weights={"w": (3, 3, 1, 1)},
+    )
+    model.graph.node[1].input[1] = "s"
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((3, 1, 1), np.float32), "s"))
+    program = planned(model)
+    assert program is not None
+    assert program.steps[1].writes == ("b",)
+    assert program.steps[2].views == {"c": "b"}
+
+
+def test_a_symbolic_batch_is_followed_through_arithmetic_on_sizes() -> None:
+    model = _graph(
+        helper.make_node("Shape", ["x"], ["s"], end=1),
+        helper.make_node("Concat", ["s", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["flat"]),
+        helper.make_node("Transpose", ["flat"], ["across"]),
+        helper.make_node("Relu", ["across"], ["y"]),
+    )
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1]), "rest"))
+    program = planned(model, batch=5)
+    assert program is not None
+    assert program.sizes["across"] == 5 * 3 * 64 * 4
+    assert program.sizes["shape"] == 16
+
+
+def test_sizes_without_a_name_share_no_buffer() -> None:
+    model = _graph(
+        helper.make_node("Transpose", ["x"], ["a"], perm=[0, 1, 3, 2]),
+        helper.make_node("Softmax", ["a"], ["b"]),
+        helper.make_node("GlobalAveragePool", ["b"], ["y"]),
+    )
+    size = model.graph.input[0].type.tensor_type.shape.dim[0]
+    size.dim_param = "batch"
+    named = planned(model)
+    for name in ("a", "b"):
+        unnamed = helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 3, 8, 8])
+        model.graph.value_info.append(unnamed)
+    unknown = planned(model)
+    assert named is not None
+    assert unknown is not None
+    assert named.steps[1].views == {"b": "a"}
+    assert unknown.steps[1].writes == ("b",)
+
+
 def test_an_unknown_kernel_is_not_guessed_at() -> None:
     node = helper.make_node("Riddle", ["x"], ["y"], name="r", domain="nobody")
     assert planned(_graph(node)) is None
@@ -74,6 +133,42 @@ def test_onnxruntime_estimates_what_it_takes() -> None:
     assert found is not None
     # Arithmetic on the batch size is folded away in the estimate.
     assert account == pytest.approx(found.bytes, abs=32)
+
+
+def test_onnxruntime_estimates_a_transformer_with_a_symbolic_batch() -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    spec = TensorSpec("x", ("batch", 6, 16))
+    model = to_onnx(Model(layer, (spec,), "block"), 21)
+    engine = OnnxRuntime(threads=1).build(model)
+    found, account = engine_peak(engine), engine.memory_in_use(model.example(1))
+    assert found is not None
+    assert account == found.bytes
+
+
+def _chain(*sizes: int) -> list[Storage]:
+    """Tensors that each the next operator reads."""
+    return [Storage((str(i),), size, i, i + 1) for i, size in enumerate(sizes)]
+
+
+def test_openvinos_block_has_holes() -> None:
+    # MNASNet's first layers: the largest tensor lies at 0, and the fourth fits below nothing.
+    chain = _chain(602112, 1605632, 1605632, 802816, 2408448, 602112)
+    assert block_bytes(chain) == 4014080
+    assert max(a.size + b.size for a, b in pairwise(chain)) == 3211264
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 4)), max_size=60))
+def test_a_block_holds_whatever_is_there_at_once(rows: list[tuple[int, int, int]]) -> None:
+    pieces = [Storage((str(i),), 32 * s, t, t + n) for i, (s, t, n) in enumerate(rows)]
+    alive = [sum(p.size for p in pieces if p.first <= t <= p.last) for t in range(14)]
+    assert max(alive) <= block_bytes(pieces) <= sum(p.size for p in pieces)
+
+
+@given(st.lists(st.integers(0, 9), max_size=200))
+def test_the_unstable_sort_sorts(values: list[int]) -> None:
+    found = list(values)
+    unstable_sort(found, lambda a, b: a < b)
+    assert found == sorted(values)
 
 
 @pytest.mark.skipif(heap_in_use() is None, reason="the C library does not count")
