@@ -78,6 +78,16 @@ def _exported(name: str) -> tuple[Model, Any]:
     return to_onnx(load(path, inputs=_pinned(name)), opset), None
 
 
+def _cause(alive: int, packed: int, account: int) -> str:
+    """Why a runtime takes another amount than is alive at once."""
+    if abs(packed / account - 1) <= GOAL:
+        return (
+            f"{alive} bytes are alive at once; laid out in one block, the largest tensors first, "
+            f"they need {packed}, which the runtime takes too: the rest lies idle between them."
+        )
+    return f"{alive} bytes are alive at once by the graph; the rest has not been explained."
+
+
 def _compare(target: Target, model: Model, exported: Model) -> dict[str, Any]:
     """Estimate and account of one runtime, in bytes."""
     try:
@@ -94,7 +104,6 @@ def _compare(target: Target, model: Model, exported: Model) -> dict[str, Any]:
         entry |= {
             "estimated_bytes": found.bytes,
             "arena_bytes": arena(program).bytes,
-            "idle_bytes": found.idle,
             "operator": found.step,
             "op_type": found.op_type,
             "tensors": [list(one) for one in found.alive[:4]],
@@ -102,11 +111,8 @@ def _compare(target: Target, model: Model, exported: Model) -> dict[str, Any]:
         if account:
             entry["estimate_over_runtime"] = found.bytes / account
             entry["within_goal"] = abs(found.bytes / account - 1) <= GOAL
-            if not entry["within_goal"] and found.idle:
-                entry["cause"] = (
-                    f"{found.bytes - found.idle} bytes are alive at once, and {found.idle} more "
-                    "lie idle if the runtime's solver meets equal tensors in the order assumed."
-                )
+            if not entry["within_goal"]:
+                entry["cause"] = _cause(found.bytes, entry["arena_bytes"], account)
     return entry
 
 

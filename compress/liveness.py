@@ -47,7 +47,6 @@ class Program:
         inputs: tensors that are there before the first step.
         outputs: tensors that are there after the last step.
         held: inputs that the caller holds: there from beginning to end, never written over.
-        idle: bytes between tensors in the one block that a runtime lays them in; part of the peak.
     """
 
     steps: tuple[Step, ...]
@@ -55,7 +54,6 @@ class Program:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     held: frozenset[str] = frozenset()
-    idle: int = 0
 
     def resolved(self) -> Program:
         """The same with every view replaced by the tensor that it looks at."""
@@ -111,7 +109,6 @@ class Peak:
         op_type: its type.
         alive: tensors that are in memory then, with their bytes, the largest first.
         scratch: bytes that this operator needs besides them; part of `bytes`.
-        idle: bytes between tensors, as in the schedule; part of `bytes`.
     """
 
     bytes: int
@@ -119,7 +116,6 @@ class Peak:
     op_type: str = ""
     alive: tuple[tuple[str, int], ...] = ()
     scratch: int = 0
-    idle: int = 0
 
 
 def storages(program: Program) -> tuple[Storage, ...]:
@@ -198,5 +194,4 @@ def peak(program: Program) -> Peak:
     alive = [one for one in pieces if one.first <= index <= one.last]
     names = [[n for n in one.names if written.get(n, 0) <= index][-1] for one in alive]
     shown = sorted(zip(names, (one.size for one in alive), strict=True), key=lambda row: -row[1])
-    most = in_use[index] + program.idle
-    return Peak(most, step.name, step.op_type, tuple(shown), step.scratch, program.idle)
+    return Peak(in_use[index], step.name, step.op_type, tuple(shown), step.scratch)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from compress.liveness import Program, Step, peak, storages
-from targets.openvino_solver import block_bytes
+from compress.liveness import Program, Step
 
 _VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze"])
 _PARTS = frozenset(["Gather", "Split"])
 """They look at a part of their operand where it lies in one piece, and then have no primitive."""
 _IN_PLACE = frozenset(["Eltwise", "FakeQuantize", "Softmax"])
 _ADDING = frozenset(["Convolution", "Deconvolution", "FullyConnected", "MatMul"])
-_GENERATED = "Subgraph"
-"""A kernel that is generated for a chain of operators may write over its first operand."""
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "i64": 64, "i32": 32, "u8": 8, "i8": 8, "boolean": 8}
 
 
@@ -55,19 +51,9 @@ def planned(ops: Sequence[Any], info: Callable[[Any, str], str]) -> Program | No
         views = dict.fromkeys(writes, reads[0]) if layer in _VIEWS or part else {}
         # What a multiplication adds to its result is written over by it.
         over = reads if layer in _IN_PLACE else reads[1:] if layer in _ADDING else ()
-        over = reads[:1] if layer == _GENERATED else over
         steps.append(Step(name, layer, reads, () if views else writes, over, views))
     held = frozenset(inputs)
-    program = Program(tuple(steps), sizes, tuple(inputs), tuple(dict.fromkeys(outputs)), held)
-    return dataclasses.replace(program, idle=_idle(program))
-
-
-def _idle(program: Program) -> int:
-    """Bytes between the tensors of the plug-in's block; inputs and outputs lie elsewhere."""
-    outside = {*program.inputs, *program.resolved().outputs}
-    inner = [one for one in storages(program) if outside.isdisjoint(one.names)]
-    held = sum(program.sizes[name] for name in program.inputs)
-    return max(0, block_bytes(inner) + held - peak(program).bytes)
+    return Program(tuple(steps), sizes, tuple(inputs), tuple(dict.fromkeys(outputs)), held)
 
 
 def _port(output: Any) -> str:

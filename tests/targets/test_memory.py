@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.export import to_onnx
-from compress.liveness import Storage, peak
+from compress.liveness import peak
 from compress.memory.engines import engine_peak
 from compress.model import Model, TensorSpec
 from compress.target import MemoryMeasured, Scheduled
@@ -21,7 +17,6 @@ from compress.testing import tiny_exported
 from targets.heap import heap_in_use
 from targets.onnxruntime import OnnxRuntime
 from targets.onnxruntime_memory import most_in_use, planned
-from targets.openvino_solver import block_bytes, unstable_sort
 
 
 def _graph(
@@ -143,32 +138,6 @@ def test_onnxruntime_estimates_a_transformer_with_a_symbolic_batch() -> None:
     found, account = engine_peak(engine), engine.memory_in_use(model.example(1))
     assert found is not None
     assert account == found.bytes
-
-
-def _chain(*sizes: int) -> list[Storage]:
-    """Tensors that each the next operator reads."""
-    return [Storage((str(i),), size, i, i + 1) for i, size in enumerate(sizes)]
-
-
-def test_openvinos_block_has_holes() -> None:
-    # MNASNet's first layers: the largest tensor lies at 0, and the fourth fits below nothing.
-    chain = _chain(602112, 1605632, 1605632, 802816, 2408448, 602112)
-    assert block_bytes(chain) == 4014080
-    assert max(a.size + b.size for a, b in pairwise(chain)) == 3211264
-
-
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 4)), max_size=60))
-def test_a_block_holds_whatever_is_there_at_once(rows: list[tuple[int, int, int]]) -> None:
-    pieces = [Storage((str(i),), 32 * s, t, t + n) for i, (s, t, n) in enumerate(rows)]
-    alive = [sum(p.size for p in pieces if p.first <= t <= p.last) for t in range(14)]
-    assert max(alive) <= block_bytes(pieces) <= sum(p.size for p in pieces)
-
-
-@given(st.lists(st.integers(0, 9), max_size=200))
-def test_the_unstable_sort_sorts(values: list[int]) -> None:
-    found = list(values)
-    unstable_sort(found, lambda a, b: a < b)
-    assert found == sorted(values)
 
 
 @pytest.mark.skipif(heap_in_use() is None, reason="the C library does not count")
