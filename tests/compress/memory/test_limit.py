@@ -49,7 +49,8 @@ def test_bytes_for_people() -> None:
 def test_facts_of_an_engine_name_the_operator_and_scale_with_the_batch() -> None:
     engine = OnnxRuntime(threads=1).build(tiny_exported(21))
     one, four = memory_facts(engine), memory_facts(engine, batch=4)
-    assert four["bytes"] == 4 * one["bytes"]
+    # A few bytes are of arithmetic on the batch size, which does not grow.
+    assert four["bytes"] == pytest.approx(4 * one["bytes"], abs=64)
     assert one["op_type"] == "Conv"
     assert one["fits"] is None
     assert memory_facts(engine, limit=one["bytes"])["fits"] is True
