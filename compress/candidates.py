@@ -180,7 +180,7 @@ def measure_finals(
             score=score_facts(after),
             drop=drop_facts(before, after) if name != FLOAT else None,
             fidelity=agreement.to_dict() if agreement is not None else None,
-            int8_macs=int8_share(engines[name].kernels(), sites),
+            int8_macs=int8_share(engines[name].kernels(), merged_sites(sites, variant.model)),
             buys=variant.buys,
             memory=memory[name],
             allowed=keeps and memory[name]["fits"] is not False,
@@ -226,6 +226,21 @@ def _elsewhere(
         seed=seed,
         progress=progress,
     )
+
+
+def merged_sites(sites: Sequence[Site], model: Model) -> tuple[Site, ...]:
+    """Sites of the original, the work of each that was merged into another counted there."""
+    into = {
+        site: name
+        for step in model.history
+        for name, facts in step.details.get("merged", {}).items()
+        for site in facts["from"]
+    }
+    macs = {site.name: 0 for site in sites}
+    for site in sites:
+        home = into.get(site.name, site.name)
+        macs[home if home in macs else site.name] += site.macs
+    return tuple(dataclasses.replace(site, macs=macs[site.name]) for site in sites)
 
 
 def int8_share(kernels: Sequence[Kernel], sites: Sequence[Site]) -> float:

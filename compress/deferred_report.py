@@ -18,6 +18,7 @@ from compress.candidates import (
     drop_facts,
     int8_share,
     keeps_limit,
+    merged_sites,
     reasons,
     score_facts,
     site_rows,
@@ -31,6 +32,7 @@ from compress.facts import (
     plan_of,
     range_facts,
     step_facts,
+    step_remarks,
     target_facts,
 )
 from compress.fidelity import fidelity
@@ -63,6 +65,7 @@ def report(given: Preparation, found: Prepared) -> Report:
         headline=(
             *_first_sentences(given),
             *_verdicts(given, found),
+            *step_remarks(shown.model),
             *data_remarks(calibration, given.exported),
             *given.target.capabilities.notes,
         ),
@@ -201,7 +204,7 @@ def _candidate(given: Preparation, found: Prepared, variant: Variant) -> Candida
         score=_simulated(score_facts(after)),
         drop=drop_facts(before, after) if name != BASELINE else None,
         fidelity=close.to_dict() if close is not None else None,
-        int8_macs=int8_share(found.engines[name].kernels(), sites),
+        int8_macs=int8_share(found.engines[name].kernels(), merged_sites(sites, variant.model)),
         allowed=name == BASELINE or keeps_limit(before, after, given.limits),
     )
 

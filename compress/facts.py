@@ -80,6 +80,11 @@ def remarks(searched: Searched, exported: Model, target: Target) -> list[str]:
     return [*remarks, *target.capabilities.notes]
 
 
+def step_remarks(model: Model) -> list[str]:
+    """What the passes that a model went through want a reader to know."""
+    return [text for step in model.history for text in step.details.get("remarks", ())]
+
+
 def data_remarks(calibration: Mapping[str, Any], exported: Model) -> list[str]:
     """What a reader must know about ranges and about operators that nobody counts."""
     remarks = [
@@ -200,7 +205,7 @@ def plan_of(model: Model) -> Mapping[str, Any]:
 
 def step_facts(step: Step) -> dict[str, Any]:
     """A step without the plan, which is written to a file of its own, and what only passes read."""
-    hidden = ("plan", "quantized", "reasons", STATISTICS)
+    hidden = ("plan", "quantized", "reasons", "remarks", STATISTICS)
     details = {k: v for k, v in step.details.items() if k not in hidden}
     return {"name": step.name, "options": dict(step.options), "details": details}
 

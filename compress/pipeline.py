@@ -39,6 +39,7 @@ from compress.facts import (
     shown_model,
     site_rows_of,
     step_facts,
+    step_remarks,
     target_facts,
 )
 from compress.gap import simulation_gap
@@ -123,6 +124,7 @@ def run(
     bits: int | str | Sequence[int | str] | None = None,
     activation_bits: int | str | None = None,
     simulate: bool = False,
+    reparam: str | None = None,
     factory: str | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     calibration: Any = None,
@@ -164,6 +166,8 @@ def run(
             any format, such as 6 or "fp8".
         activation_bits: of activations, where they differ; with `simulate` only.
         simulate: emulate formats that the target does not have, in float32; for research.
+        reparam: whether branches and chains of layers become one layer: "auto", the default, where
+            that cannot cost time; "off"; "all" wherever it is exact.
         factory: `module:function` that makes the network.
         inputs: shapes such as "1x3x224x224" where the model does not say.
         calibration: data for activation ranges (see `compress.data.load_data`); without it
@@ -209,6 +213,7 @@ def run(
     settings = Settings.resolve(given, read)
     passes = choose_passes(
         read,
+        settings.reparam,
         bits=bits,
         activation_bits=activation_bits,
         simulate=simulate or None,
@@ -356,6 +361,7 @@ def run(
             *decision.sentences,
             *unable,
             *delegation(chosen.engine.kernels(), sites),
+            *step_remarks(shown_model(measured, decision.chosen)),
             *remarks(searched, exported, destination),
             *shipping_remarks(chosen),
         ),

@@ -15,6 +15,9 @@ from compress.passes import Pass, Placing, options
 from compress.registry import create_pass
 
 VERSION = 1
+REPARAM = ("auto", "off", "all")
+"""What may be merged; see `compress.reparam.merging`."""
+MERGE = "merge_branches"
 _Kind = tuple[str, tuple[type, ...], tuple[type, ...]]
 _TEXT: _Kind = ("text", (str,), ())
 _COUNT: _Kind = ("a whole number", (int,), ())
@@ -22,7 +25,9 @@ _NUMBER: _Kind = ("a number", (int, float), ())
 _NUMBERS: _Kind = ("a number or a list of numbers", (int, float, list), (int, float))
 SETTINGS: Mapping[str, _Kind] = {
     "target_options": ("a mapping of options", (dict,), ()),
-    **dict.fromkeys(("model", "factory", "target", "device", "layout", "objective"), _TEXT),
+    **dict.fromkeys(
+        ("model", "factory", "target", "device", "layout", "objective", "reparam"), _TEXT
+    ),
     **dict.fromkeys(("calibration", "evaluate", "train"), _TEXT),
     "inputs": ("a list of texts", (list,), (str,)),
     **dict.fromkeys(("threads", "batch", "seed"), _COUNT),
@@ -136,8 +141,10 @@ class Recipe:
         return recipe
 
 
-def default_passes(**quantize: Any) -> tuple[Pass, ...]:
+def default_passes(reparam: str = "auto", **quantize: Any) -> tuple[Pass, ...]:
     """Free rewrites, then quantization with these options and the correction of biases.
+
+    `reparam` is one of `REPARAM`.
 
     With 16 bits there is nothing to quantize: the runtimes' own 16-bit floats are candidates.
     """
@@ -151,10 +158,21 @@ def default_passes(**quantize: Any) -> tuple[Pass, ...]:
         "shuffle_in_convolution",
         "linear_as_gemm",
     )
-    rewrites = tuple(create_pass(name) for name in free)
+    rewrites = with_reparam(tuple(create_pass(name) for name in free), reparam)
     if str(quantize.get("bits")) == "16" and not quantize.get("simulate"):
         return rewrites
     return (*rewrites, create_pass("quantize", **quantize), create_pass("correct_bias"))
+
+
+def with_reparam(passes: tuple[Pass, ...], reparam: str) -> tuple[Pass, ...]:
+    """The passes with `merge_branches` behind the folding of BatchNorm, or without it if "off"."""
+    others = tuple(step for step in passes if step.name != MERGE)
+    if reparam == "off":
+        return others
+    folds = [i for i, step in enumerate(others) if step.name == "fold_batchnorm"]
+    torch = [i for i, step in enumerate(others) if step.stage == "torch"]
+    at = max((*folds, *torch), default=-1) + 1
+    return (*others[:at], create_pass(MERGE, profit=reparam), *others[at:])
 
 
 def _entries(steps: Sequence[Pass]) -> list[dict[str, Any]]:

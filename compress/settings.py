@@ -15,7 +15,7 @@ from compress.machine import this_machine
 from compress.metrics import Evaluator, resolve_evaluator
 from compress.model import Model, TensorSpec
 from compress.passes import Pass, is_left_out
-from compress.recipe import Recipe, default_passes
+from compress.recipe import REPARAM, Recipe, default_passes, with_reparam
 from compress.registry import create_target
 from compress.search import DEFAULT_SECONDS
 from compress.target import BuiltElsewhere, Elsewhere, Target
@@ -46,6 +46,7 @@ class Settings:
     repair_seconds: float = REPAIR_SECONDS
     batch: int = 1
     objective: str = "latency"
+    reparam: str | None = None
     search_seconds: float = DEFAULT_SECONDS
     seconds: float = 10.0
     sensitivity: bool = False
@@ -82,6 +83,11 @@ class Settings:
                 "There is no model. Give a file, --model module:factory, or a --recipe that "
                 "names one."
             )
+        if settings.reparam not in (None, *REPARAM):
+            raise UsageError(
+                f"--reparam {settings.reparam} is none of {', '.join(REPARAM)}: merge branches "
+                f"where that cannot cost time, never, or wherever it is exact."
+            )
         if settings.seed < 0:
             raise UsageError(f"--seed {settings.seed} must be 0 or more.")
         if not 0.5 <= settings.seconds <= 3600:
@@ -116,21 +122,26 @@ NAMES = frozenset(field.name for field in dataclasses.fields(Settings))
 """Of the arguments of `compress.run` that are settings."""
 
 
-def choose_passes(recipe: Recipe | None, **quantize: Any) -> tuple[Pass, ...]:
+def choose_passes(
+    recipe: Recipe | None, reparam: str | None = None, **quantize: Any
+) -> tuple[Pass, ...]:
     """The recipe's passes, or the default ones with these options of `quantize`.
+
+    `reparam` says for both what is merged; a recipe that has its own `merge_branches` keeps that
+    where it is None.
 
     Raises:
         UsageError: both are given.
     """
     given = {name: value for name, value in quantize.items() if value is not None}
     if recipe is None:
-        return default_passes(**given)
+        return default_passes(reparam=reparam or "auto", **given)
     if given:
         raise UsageError(
             f"--recipe says which passes run and with which options, so {', '.join(given)} cannot "
             f"be given beside it. Change the recipe's `quantize` entry, or leave --recipe out."
         )
-    return recipe.passes
+    return recipe.passes if reparam is None else with_reparam(recipe.passes, reparam)
 
 
 def capable(

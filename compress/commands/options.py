@@ -135,6 +135,13 @@ Simulate = Annotated[
         "--simulate", help="Emulate formats that the target does not have: accuracy, not speed."
     ),
 ]
+Reparam = Annotated[
+    Literal["auto", "off", "all"] | None,
+    typer.Option(
+        help="Merge branches and chains of layers into one: where it cannot cost time, never, or "
+        "wherever it is exact.  [default: auto]"
+    ),
+]
 Train = Annotated[
     str | None,
     typer.Option(

@@ -6,6 +6,7 @@
         train(model)
     reparam.expand(model, "repvgg", example_inputs=images)  # branches for training ...
     reparam.merge_expanded(model)                           # ... and the plain network again
+    reparam.merge("trained_with_branches.onnx")             # branches that a graph came with
     reparam.factorize(layer, 16, "spatial_svd")             # a chain of smaller layers
 
 Every public name is imported when it is first used; importing this package loads no torch.
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from compress.reparam.expansion import Expansion, expand, merge_expanded
     from compress.reparam.lowrank import low_rank
     from compress.reparam.lowrank_torch import factorize, full_ranks
+    from compress.reparam.merging import MergeBranches, merge
     from compress.reparam.modes import ModeReport, set_mode, tune
     from compress.reparam.pairs import Pair
 
 _HOME = {
     "Expansion": "compress.reparam.expansion",
+    "MergeBranches": "compress.reparam.merging",
     "ModeReport": "compress.reparam.modes",
     "Pair": "compress.reparam.pairs",
     "compile_tuned": "compress.reparam.compiled",
@@ -34,6 +37,7 @@ _HOME = {
     "factorize": "compress.reparam.lowrank_torch",
     "full_ranks": "compress.reparam.lowrank_torch",
     "low_rank": "compress.reparam.lowrank",
+    "merge": "compress.reparam.merging",
     "merge_expanded": "compress.reparam.expansion",
     "recover": "compress.recovery",
     "set_mode": "compress.reparam.modes",
@@ -42,6 +46,7 @@ _HOME = {
 
 __all__ = [
     "Expansion",
+    "MergeBranches",
     "ModeReport",
     "Pair",
     "compile_tuned",
@@ -49,6 +54,7 @@ __all__ = [
     "factorize",
     "full_ranks",
     "low_rank",
+    "merge",
     "merge_expanded",
     "recover",
     "set_mode",
