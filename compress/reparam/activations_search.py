@@ -151,7 +151,7 @@ def _timed(before: Model, after: Model, context: Context) -> tuple[float, float,
     except EngineError:  # the runtime refuses this form: it is no candidate
         return None
     calls = {
-        name: lambda engine=engine: engine(inputs)  # type: ignore[misc]
+        name: lambda engine=engine: engine(inputs)
         for name, engine in zip(("before", "after"), engines, strict=True)
     }
     seconds = CANDIDATE_SECONDS * len(calls)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compress.fine_tuning import Arrays, Course
+from compress.fine_tuning import Course
 from compress.graph import infer_shapes
 from compress.model import Model
 from compress.reparam.activations_graph import Segment, is_activation, move_padding, nodes_of
@@ -18,6 +18,9 @@ from compress.teaching import Teaching
 from compress.torch_graph.network import Network
 from compress.torch_graph.operators import OPERATORS
 from compress.training import Score
+
+if TYPE_CHECKING:
+    from compress.fine_tuning import Arrays
 
 ANNEALED = "Annealed"
 """Stands for an activation in the graph that is trained; there is no such ONNX operator."""
