@@ -113,7 +113,9 @@ def _replace(graph: ir.Graph, node: ir.Node, a: np.ndarray, c: np.ndarray) -> st
     if before is not None:
         _store(graph, before, _weight(before) * a)
         _shift(graph, before, a, c)
-        bypass(graph, node, source)
+        made = node.inputs[0]  # a bias may have been added in between
+        assert made is not None
+        bypass(graph, node, made)
         return "previous"
     factor = ir.node("Mul", [source, _vector(graph, a, f"{node.name}.factor")])
     factor.name, factor.outputs[0].name = f"{node.name}/factor", f"{node.name}/factor/out"
@@ -172,9 +174,9 @@ def _bias_behind(layer: ir.Node) -> ir.Node | None:
         return None
     constants = [constant_array(value) for value in readers[0].inputs]
     vector = next((array for array in constants if array is not None), None)
-    fits = vector is not None and vector.size == vector.shape[-1:].count(vector.size) * vector.size
     wide = _weight(layer).shape[1]
-    return readers[0] if fits and vector is not None and vector.size == wide else None
+    fits = vector is not None and vector.shape[-1:] == (wide,) and vector.size == wide
+    return readers[0] if fits else None
 
 
 def _weight(layer: ir.Node) -> np.ndarray:
@@ -199,7 +201,7 @@ def _shift(graph: ir.Graph, layer: ir.Node, factor: np.ndarray, shift: np.ndarra
             _append_bias(graph, layer, shift)
             return
         holder = found
-        index = next(i for i, v in enumerate(found.inputs) if v is not None and v.const_value)
+        index = next(i for i, v in enumerate(found.inputs) if constant_array(v) is not None)
     given = constant_array(holder.inputs[index]) if len(holder.inputs) > index else None
     bias = np.zeros(len(shift)) if given is None else given.astype(np.float64).reshape(-1)
     shape = shift.shape if given is None else given.shape

@@ -70,6 +70,12 @@ def outputs(model: Model, batch: int = 3) -> np.ndarray:
     return next(iter(run(reference_session(model.graph_model), model.example(batch)).values()))
 
 
+def scores(model: Model) -> np.ndarray:
+    """What a softmax makes of the outputs does not depend on their mean."""
+    found = outputs(model, 64)
+    return found - found.mean(1, keepdims=True)
+
+
 def context(model: Model, data: Data | None) -> Context:
     return Context(target=TARGET, original=model, training=data)
 
@@ -275,11 +281,11 @@ def test_a_block_becomes_one_layer_and_stays_near_its_teacher(narrow: Model) -> 
     assert kinds(made) == ["Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"]
     assert details["speedup"]["verdict"] == "faster"
     assert details["last_loss"] < details["first_loss"]
-    untrained, _ = as_merged(*(lambda s: (as_linear(original, s, True), s))(_whole(original)))
-    expected = outputs(original, 64)
-    assert squared_error(outputs(made, 64), expected) < 0.5 * squared_error(
-        outputs(untrained, 64), expected
-    )
+    whole = _whole(original)
+    untrained, _ = as_merged(as_linear(original, whole, True), whole)
+    expected = scores(original)
+    error = squared_error(scores(made), expected)
+    assert error < 0.5 * squared_error(scores(untrained), expected)
     assert "2 activations are removed and 3 layers are 1" in details["remark"]
     assert "held out" in details["remark"]
 
@@ -350,12 +356,6 @@ def test_refusals(narrow: Model) -> None:
         RemoveActivations(steps=0)
     with pytest.raises(UsageError, match="recover: batch is 0"):
         Recover(batch=0)
-    fixed = dataclasses.replace(
-        narrow, inputs=(narrow.inputs[0], dataclasses.replace(narrow.inputs[0], shape=(2, 1)))
-    )
-    if not fixed.dynamic_batch:
-        with pytest.raises(UnsupportedError, match="cannot be trained"):
-            RemoveActivations().check(fixed, TARGET)
 
 
 class TestContract(PassContract):
