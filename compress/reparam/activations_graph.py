@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from compress.graph import infer_shapes
 from compress.model import Model, TensorSpec
-from compress.reparam.affine import AffineMap, Axis, NotMergeableError
+from compress.reparam.affine import AffineMap, Axis, Geometry, NotMergeableError
 from compress.reparam.branches import Part, evaluate, small_model
 from compress.reparam.emit import ROOT, prove, write
 from compress.reparam.reading import (
@@ -161,30 +161,26 @@ def _weighed(nodes: list[ir.Node], segment: Segment, shapes: Shapes, move: bool)
     """
     small, inside, _ = _alone(nodes, shapes)
     own = infer_shapes(small)
+    layout = layout_of(inside)
+    before = sum(
+        _macs(read(node, layout, own).geometry, own[node.outputs[0].name or ""])
+        for node in inside
+        if node.op_type in WEIGHTED
+    )
     inside = linearize(small.graph, inside, own, move)
     own = infer_shapes(small)
-    part, layout = Part(tuple(inside), small.graph.inputs[0]), layout_of(inside)
-    start = same(own[ROOT], layout)
-    before = 0
-
-    def weighed(node: ir.Node) -> AffineMap:
-        nonlocal before
-        found = read(node, layout, own)
-        if node.op_type in WEIGHTED:
-            before += _macs(found, own, node.outputs[0])
-        return found
-
-    geometry = evaluate(part, layout, start.geometry, lambda node: weighed(node).geometry)
-    positions = math.prod(own[part.output.name or ""]) // geometry.outputs
-    after = geometry.macs * positions
+    part = Part(tuple(inside), small.graph.inputs[0])
+    start = same(own[ROOT], layout).geometry
+    geometry = evaluate(part, layout, start, lambda node: read(node, layout, own).geometry)
+    after = _macs(geometry, own[part.output.name or ""])
     if after > LARGEST_GROWTH * before:
         raise NotMergeableError(f"it would take {after / before:.3g} times as many MACs")
     merged_map(part, layout, own)
     return dataclasses.replace(segment, macs=(before, after), kernel=geometry.sizes)
 
 
-def _macs(found: AffineMap, shapes: Shapes, out: ir.Value) -> int:
-    return found.geometry.macs * (math.prod(shapes[out.name or ""]) // found.geometry.outputs)
+def _macs(geometry: Geometry, shape: tuple[int, ...]) -> int:
+    return geometry.macs * (math.prod(shape) // geometry.outputs)
 
 
 def _alone(nodes: Sequence[ir.Node], shapes: Shapes) -> tuple[ir.Model, list[ir.Node], ir.Node]:
