@@ -184,7 +184,7 @@ def _batches(model: Model, data: Data) -> list[dict[str, np.ndarray]]:
     return [dict(batch.inputs) for batch in data.take(max(SAMPLES, size)).batches(size)]
 
 
-def _difference(student: Any, arrays: Mapping[str, np.ndarray], made: Model) -> float:
+def _difference(student: Any, arrays: dict[str, np.ndarray], made: Model) -> float:
     """Largest difference between what was trained and what was folded, relative."""
     import torch
 

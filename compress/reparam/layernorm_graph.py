@@ -182,12 +182,12 @@ def _bias_behind(layer: ir.Node) -> ir.Node | None:
 def _weight(layer: ir.Node) -> np.ndarray:
     """Of x W, (C, outputs), in float64."""
     weight = np.asarray(constant_array(layer.inputs[1]), np.float64)
-    turned = layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0)
+    turned = layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0) == 1
     return weight.T if turned else weight
 
 
 def _store(graph: ir.Graph, layer: ir.Node, weight: np.ndarray) -> None:
-    turned = layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0)
+    turned = layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0) == 1
     array = np.ascontiguousarray(weight.T if turned else weight, np.float32)
     replace_constant(graph, layer, 1, array, f"{layer.name}.weight")
 
