@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/bench.stamp
-	@for name in limits zoo cifar_ptq zoo_latency trained quant_fragile predictor explain gate memory tune_mode lowrank gpu; do \
+	@for name in limits zoo cifar_ptq zoo_latency trained quant_fragile predictor explain gate memory tune_mode lowrank activations gpu; do \
 		echo "benchmarks/$$name.py"; $(BIN)/python -W ignore -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -W ignore -m benchmarks.zoo_latency --throughput
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -W ignore -m benchmarks.zoo_latency --name zoo_latency_avx2

@@ -8,31 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from compress.columns import whole_inputs
-from compress.errors import UnsupportedError, UsageError
+from compress.fine_tuning import Course, FineTuning, teacher_of
 from compress.model import Model, Step
 from compress.passes import Context
 from compress.progress import Progress, silent
-from compress.target import Target
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from compress.data import Batch, Data
-    from compress.teaching import Teaching
-    from compress.torch_graph.network import Network
-    from compress.training import Score
-
-    Arrays = dict[str, np.ndarray]
+    from compress.data import Data
 
 UNCHANGED = 1e-6
 """Relative squared error of the outputs below which there is nothing to recover."""
-AUGMENTS = ("none", "flip")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recover:
+class Recover(FineTuning):
     """Fine-tune a float network towards the original that it was made from.
 
     For passes that change what a network computes: the original is the teacher (Hinton et al.
@@ -40,52 +29,11 @@ class Recover:
     is not folded keeps its running statistics. A network that computes what the original does is
     left alone. The best state on samples that are held out is kept, which may be the first.
 
-    Attributes:
-        epochs: passes over the training data.
-        steps: updates, in place of epochs.
-        batch: samples for one update.
-        learning_rate: largest rate (Adam, warm-up, half a cosine).
-        temperature: of the softmax that is distilled.
-        alpha: weight of the distillation beside the labels' cross entropy.
-        augment: "flip" mirrors half of the images.
-        seconds: of training at most.
+    Options are those of `FineTuning`.
     """
-
-    epochs: float = 1.0
-    steps: int | None = None
-    batch: int = 64
-    learning_rate: float = 3e-4
-    temperature: float = 4.0
-    alpha: float = 0.9
-    augment: Literal["none", "flip"] = "none"
-    seconds: float | None = None
 
     name: ClassVar[str] = "recover"
     stage: ClassVar[Literal["onnx"]] = "onnx"
-
-    def __post_init__(self) -> None:
-        for option in ("epochs", "steps", "batch", "learning_rate", "temperature", "seconds"):
-            value = getattr(self, option)
-            optional = option in ("steps", "seconds")
-            self._check(option, (optional and value is None) or value > 0, "above 0")
-        self._check("alpha", 0 <= self.alpha <= 1, "within 0 and 1")
-        self._check("augment", self.augment in AUGMENTS, f"one of {', '.join(AUGMENTS)}")
-
-    def _check(self, option: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise UsageError(f"{self.name}: {option} is {getattr(self, option)!r}, not {rule}.")
-
-    def check(self, model: Model, target: Target) -> None:
-        """Refuse a model without a batch axis.
-
-        Raises:
-            UnsupportedError: batches cannot be formed.
-        """
-        if whole_inputs(model.inputs):
-            raise UnsupportedError(
-                f"{model.name} cannot be trained: axis 0 of its inputs is not the batch "
-                f"({', '.join(map(str, model.inputs))}). Leave out {self.name}."
-            )
 
     def apply(self, model: Model, context: Context) -> Model:
         """The same graph with trained weights; details say what training gained.
@@ -95,16 +43,11 @@ class Recover:
             DataError: the data do not fit.
             UnsupportedError: the graph has an operator that cannot be trained here.
         """
-        from compress.export import to_onnx
         from compress.teaching import training_data
 
         self.check(model, context.target)
         data = training_data(context, self.name)
-        teacher = context.memo.get(self.name)
-        if teacher is None:
-            opset = context.target.capabilities.opset
-            teacher = to_onnx(context.original, opset, context.progress)
-            context.memo[self.name] = teacher
+        teacher = teacher_of(context)
         if equal_outputs(model, teacher, data):
             details = {"steps": 0, "stopped": "the network computes what its original does"}
             return model.evolve(model.graph_model, Step(self.name, asdict(self), details))
@@ -129,27 +72,13 @@ class Recover:
             progress: opens a tracker in updates.
         """
         from compress.rewrites import with_constants
-        from compress.teaching import Lesson, Teaching, batch_and_parts, training_facts
         from compress.torch_graph.network import Network
-        from compress.training import Limits, Samples, train
 
-        samples = Samples(data, seed)
-        size, parts = batch_and_parts(model, samples, self.batch)
-        lesson = Lesson(self.temperature, self.alpha, self.augment)
-        teaching: Teaching[Arrays] = Teaching(
-            Network(teacher.graph_model), samples.held, size, lesson, seed
+        student = Network(model.graph_model)
+        arrays, details = self.taught(
+            model, student, teacher, data, Course, seed=seed, progress=progress
         )
-        course = _Course(Network(model.graph_model), teaching, self.learning_rate)
-        epoch = max(1, samples.count // (size * parts))
-        steps = self.steps or max(1, round(self.epochs * epoch))
-        limits = Limits(steps, self.seconds, min(epoch, math.ceil(steps / 5)), parts)
-        outcome = train(course, samples.batches(size), limits, progress)
-        details = {
-            "samples": samples.count,
-            **training_facts(outcome),
-            "held_out": teaching.held_out(outcome),
-        }
-        made = with_constants(model.graph_model, outcome.best)
+        made = with_constants(model.graph_model, arrays)
         return model.evolve(made, Step(self.name, asdict(self), details))
 
 
@@ -200,54 +129,3 @@ def squared_error(got: np.ndarray, expected: np.ndarray) -> float:
     power = float(np.mean(b**2)) if b.size else 0.0
     error = float(np.mean((a - b) ** 2)) if b.size else 0.0
     return error / power if power > 0 else (0.0 if error == 0 else math.inf)
-
-
-class _Course:
-    """A float network whose constants are parameters, and how it is taught."""
-
-    def __init__(self, network: Network, teaching: Teaching[Arrays], rate: float) -> None:
-        import torch
-
-        from compress.teaching import trainable
-
-        self.network, self.teaching, self.rate = network, teaching, rate
-        self.weights = {
-            name: torch.nn.Parameter(network.constants[name].clone()) for name in trainable(network)
-        }
-        if not self.weights:
-            raise UnsupportedError("The network has no weights to train. Leave out recover.")
-        network.constants.update(self.weights)
-        self.names = {name: _name_in(network, teaching, name) for name in teaching.wanted}
-
-    def groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.weights.values()), "lr": self.rate}]
-
-    def begin(self, progress: float) -> None:
-        """Nothing changes in the course of the training."""
-
-    def end(self) -> None:
-        """Parameters may have any value."""
-
-    def loss(self, batch: Batch) -> Tensor:
-        inputs, expected = self.teaching.batch(batch)
-        return self.teaching.loss(self._run(inputs), expected, batch.labels)
-
-    def score(self) -> Score:
-        return self.teaching.score(self._run)
-
-    def state(self) -> Arrays:
-        return {name: w.detach().numpy().copy() for name, w in self.weights.items()}
-
-    def _run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        found = self.network.run(inputs, self.names.values())
-        return {name: found[own] for name, own in self.names.items()}
-
-
-def _name_in(student: Network, teaching: Teaching[Arrays], name: str) -> str:
-    """A tensor of the teacher by its name in the student: what the same output's softmax reads."""
-    teacher = teaching.teacher
-    if name in teacher.outputs:
-        return name
-    made = (out for out in teacher.outputs if out in teacher.producer)
-    output = next(out for out in made if name in teacher.steps[teacher.producer[out]].inputs)
-    return student.steps[student.producer[output]].inputs[0]

@@ -6,6 +6,7 @@
         train(model)
     reparam.expand(model, "repvgg", example_inputs=images)  # branches for training ...
     reparam.merge_expanded(model)                           # ... and the plain network again
+    reparam.merge("trained_with_branches.onnx")             # branches that a graph came with
     reparam.factorize(layer, 16, "spatial_svd")             # a chain of smaller layers
 
 Every public name is imported when it is first used; importing this package loads no torch.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from compress.data import load_data
-from compress.errors import UnsupportedError, UsageError
+from compress.errors import UsageError
 from compress.export import to_onnx
 from compress.model import Model, Step
 from compress.passes import Context
@@ -16,7 +16,8 @@ from compress.progress import Progress, silent
 from compress.registry import create_target
 from compress.reparam.lowrank_factors import Method, require
 from compress.reparam.lowrank_search import Search
-from compress.target import BuiltElsewhere, Elsewhere, Target, runtimes
+from compress.reparam.measuring import require_timing
+from compress.target import Target, runtimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,7 @@ class LowRank:
         Raises:
             UnsupportedError: its engines run on another machine.
         """
-        away = isinstance(target, BuiltElsewhere) and not target.check().available
-        if isinstance(target, Elsewhere) or away:
-            raise UnsupportedError(
-                f"{self.name} chooses ranks by measured time, and nothing can be timed for "
-                f"{target.name} on this machine. Leave it out, or apply it on a machine that "
-                f"runs {target.name}."
-            )
+        require_timing(self.name, target)
 
     def apply(self, model: Model, context: Context) -> Model:
         """The network with chains in place of some layers; details tell what was tried.
