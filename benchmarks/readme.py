@@ -276,6 +276,7 @@ def main() -> None:
         "choices": choices(),
         "predictor": predictor(),
         "gate": gate("gate"),
+        "gate_threads": gate("gate_threads"),
         "memory": memory(),
         "patches": patches(),
     }
