@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from compress.graph import graph_sites, infer_shapes, weight_input
+from compress.graph_liveness import inputs_of
 
 MANY_REGIONS = 40
 """Where there are more, cuts are given up, those that are worth least first."""
@@ -124,7 +125,7 @@ def _line(graph_model: ir.Model) -> _Line:
     }
     readers: dict[ir.Value, list[int]] = {value: [] for value in elements}
     for node in order:
-        for value in set(_reads(node)) & readers.keys() if node in carriers else ():
+        for value in set(inputs_of(node)) & readers.keys() if node in carriers else ():
             readers[value].append(place[node])
     positions = [position for position, node in enumerate(order) if node in counted]
     return _Line(
@@ -144,17 +145,6 @@ def _multiplies(node: ir.Node, macs: int, shapes: Mapping[ir.Value, tuple[int, .
     return macs > math.prod(shapes[node.outputs[0]]) if macs else weight_input(node) is not None
 
 
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, also from inside its subgraphs."""
-    values = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            inner = attribute.as_graph()
-            values += [v for other in inner.all_nodes() for v in other.inputs if v is not None]
-            values += list(inner.outputs)
-    return values
-
-
 def _activations(
     graph: ir.Graph, nodes: Sequence[ir.Node]
 ) -> tuple[set[ir.Node], dict[ir.Value, None]]:
@@ -165,7 +155,7 @@ def _activations(
     carriers: set[ir.Node] = set()
     activations = {value: None for value in graph.inputs if value.const_value is None}
     for node in nodes:
-        if node.op_type not in ("Shape", "Size") and any(v in activations for v in _reads(node)):
+        if node.op_type not in ("Shape", "Size") and any(v in activations for v in inputs_of(node)):
             carriers.add(node)
             activations |= dict.fromkeys(node.outputs)
     return carriers, activations
@@ -205,7 +195,7 @@ def _branch(product: ir.Node, shapes: Mapping[ir.Value, tuple[int, ...]]) -> set
         node = waiting.pop().producer()
         if node is not None and node not in branch and all(map(small, node.outputs)):
             branch.add(node)
-            waiting += [value for value in _reads(node) if value in shapes]
+            waiting += [value for value in inputs_of(node) if value in shapes]
     outputs = [value for node in branch for value in node.outputs]
     private = all(
         not value.is_graph_output() and {user for user, _ in value.uses()} <= branch | {product}
