@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.errors import UnsupportedError
 from compress.estimate.build import MINUTES, build_predictor
-from compress.estimate.estimate import SECONDS, latency, open_model
+from compress.estimate.estimate import SECONDS, latency
 from compress.estimate.predictor import Predictor, default_path
 from compress.estimate.result import Latency
 from compress.export import to_onnx
@@ -35,15 +35,6 @@ class Built:
             "place": self.predictor.place.to_dict(),
             **self.predictor.report,
         }
-
-
-def load_model(source: str | None, **options: Any) -> Model:
-    """A model file, what `factory` builds, or the ONNX file of an artifact.
-
-    Raises:
-        LoadError: it cannot be read.
-    """
-    return open_model(source, **options)
 
 
 def profilers(target: str, threads: int | None) -> list[Target]:

@@ -233,12 +233,13 @@ def _build_predictors(
     load: dict[str, Any],
 ) -> None:
     from compress.commands import estimate_tables, estimates
+    from compress.estimate.estimate import open_model
 
     built = estimates.build_predictors(
         target,
         threads=threads,
         minutes=minutes,
-        models=[estimates.load_model(one, **load) for one in given],
+        models=[open_model(one, **load) for one in given],
         out=out,
         progress=progress(),
     )
@@ -259,8 +260,9 @@ def _estimate(
     load: dict[str, Any],
 ) -> None:
     from compress.commands import estimate_tables, estimates
+    from compress.estimate.estimate import open_model
 
-    model = estimates.load_model(given[0] if given else None, **load)
+    model = open_model(given[0] if given else None, **load)
     found = estimates.estimate(
         model, target, source, threads=threads, predictor=predictor, progress=progress()
     )

@@ -67,7 +67,7 @@ def headline(
     largest = max(
         (p for p in parts if p.change_us * change > 0), key=lambda p: abs(p.change_us), default=None
     )
-    if largest is None or abs(ratio - 1) < _SAME:
+    if largest is None or abs(ratio - 1) < _SAME or not (before.rows and after.rows):
         return text
     direction = "more" if change > 0 else "less"
     return (

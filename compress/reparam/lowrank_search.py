@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,9 @@ from compress.reparam.lowrank_errors import OutputErrors, WeightErrors
 from compress.reparam.lowrank_factors import Link, Method, dense
 from compress.reparam.lowrank_graph import Layer, find_layers, replace_layer
 from compress.reparam.lowrank_timing import Timed, Timer
+from compress.reparam.measuring import compare
 from compress.rewrites import remove_unused
 from compress.sessions import measure_sessions
-from compress.target import Isolated
-from compress.trial import Trials
 
 NAME = "low_rank"
 KEPT = "as it is"
@@ -161,7 +161,7 @@ class Search:
     def _time_limit(self, times: Sequence[Mapping[str, float]]) -> float:
         """For the layers that can change; the least they can take where that is more."""
         assert self.speedup is not None
-        whole = self._compare(None).timings["before"].p50_ms * 1e3
+        whole = self._whole_ms() * 1e3
         now = sum(one[KEPT] for one in times)
         least = sum(min(one.values()) for one in times)
         return max(now - whole * (1 - 1 / self.speedup), least * (1 + 1e-9))
@@ -176,7 +176,9 @@ class Search:
                 replace_layer(graph_model.graph, self.layers[name], self.chains[name, option])
             remove_unused(graph_model)
             made = dataclasses.replace(self.model, program=graph_model)
-            measured = self._compare(made)
+            seconds = CONFIRM_SHARE * self.seconds
+            seed = self.context.seed
+            measured = compare(self.context.target, self.model, made, seconds, seed)
             if measured.ratios["after"].verdict != "faster":
                 made = self.model
         applied = chosen if made is not self.model else {}
@@ -191,23 +193,16 @@ class Search:
         }
         return made, details
 
-    def _compare(self, made: Model | None) -> Comparison:
-        target = self.context.target
-        models = {"before": self.model} | ({"after": made} if made is not None else {})
+    def _whole_ms(self) -> float:
+        """Latency of the network as it is."""
         inputs = self.model.example()
-        if made is not None and isinstance(target, Isolated):
-            with Trials() as trials:
-                trials.survives(target, made, inputs)
 
         def calls() -> dict[str, Any]:
-            engines = {name: target.build(model) for name, model in models.items()}
-            return {n: lambda engine=engine: engine(inputs) for n, engine in engines.items()}
+            return {"before": functools.partial(self.context.target.build(self.model), inputs)}
 
-        sessions = 2 if made is not None else 1
-        seconds = CONFIRM_SHARE / 2 * sessions * self.seconds
-        return measure_sessions(
-            calls, sessions=sessions, seconds=seconds, margin=0.0, seed=self.context.seed
-        )
+        seconds = CONFIRM_SHARE / 2 * self.seconds
+        found = measure_sessions(calls, sessions=1, seconds=seconds, seed=self.context.seed)
+        return found.timings["before"].p50_ms
 
     def _rows(self, chosen: Mapping[str, str], applied: Mapping[str, str]) -> list[dict[str, Any]]:
         """For each layer that was timed its best option: the chosen, or the fastest."""
