@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph import graph_sites
+from compress.latency import Ratio
 from compress.reparam.emit import name_of
 from compress.reparam.offers import Offer
 from compress.reparam.reading import WEIGHTED, Shapes, read
@@ -42,8 +43,8 @@ def is_suspicious(facts: Mapping[str, Any]) -> bool:
     return any(map(is_wide, spreads))
 
 
-def remarks(details: Mapping[str, Any]) -> list[str]:
-    """Sentences for the report."""
+def remarks(details: Mapping[str, Any], target: str) -> list[str]:
+    """Sentences for the report; `target` names where latency was measured."""
     merged, suspicious = details["merged"], details["suspicious"]
     was, now = details["macs"]
     texts = [
@@ -52,6 +53,13 @@ def remarks(details: Mapping[str, Any]) -> list[str]:
         f"multiply-accumulates, outputs equal to {details['max_relative_difference']:.1g} of the "
         f"largest."
     ]
+    if "latency" in details:
+        before, after = (details["latency"]["timings"][name] for name in ("before", "after"))
+        ratio = Ratio(**details["latency"]["ratios"]["after"])
+        texts[0] += (
+            f" On {target} that is {ratio} in float: {before['p50_ms']:.3g} ms before, "
+            f"{after['p50_ms']:.3g} ms after."
+        )
     if suspicious:
         worst = max(
             max(merged[name]["weight_spread"][1], *merged[name].get("activation_spread", [0])[1:])

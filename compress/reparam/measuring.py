@@ -14,6 +14,12 @@ from compress.trial import Trials
 SESSIONS = 2
 
 
+def can_time(target: Target) -> bool:
+    """Whether engines of this target run on this machine."""
+    away = isinstance(target, BuiltElsewhere) and not target.check().available
+    return not (isinstance(target, Elsewhere) or away)
+
+
 def require_timing(name: str, target: Target) -> None:
     """Refuse a target on which nothing can be timed here.
 
@@ -24,8 +30,7 @@ def require_timing(name: str, target: Target) -> None:
     Raises:
         UnsupportedError: its engines run on another machine.
     """
-    away = isinstance(target, BuiltElsewhere) and not target.check().available
-    if isinstance(target, Elsewhere) or away:
+    if not can_time(target):
         raise UnsupportedError(
             f"{name} chooses by measured time, and nothing can be timed for {target.name} on this "
             f"machine. Leave it out, or apply it on a machine that runs {target.name}."

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
-from compress.errors import UsageError
+from compress.errors import EngineError, UsageError
 from compress.graph import infer_shapes
+from compress.latency import Comparison, Ratio
 from compress.model import Model, Step
 from compress.passes import Context
 from compress.reference import largest_difference, largest_magnitude, reference_session, run
@@ -25,6 +26,7 @@ from compress.reparam.facts import (
     totals,
 )
 from compress.reparam.frames import hide_frames, show_frames
+from compress.reparam.measuring import can_time, compare
 from compress.reparam.offers import Market, Offer, Profit, affine_map
 from compress.reparam.reading import (
     FRAME,
@@ -43,7 +45,7 @@ from compress.rewrites import (
     output_statistics,
     remove_unused,
 )
-from compress.target import Target
+from compress.target import Target, runtimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +54,23 @@ class MergeBranches:
 
     What RepVGG, MobileOne, diverse branch blocks, dilated and grouped branches are trained with,
     found by what the graph computes. Numbers are merged in float64; every merge is compared with
-    what it replaces. What looks alike and is left alone is named with the reason.
+    what it replaces. What looks alike and is left alone is named with the reason. The float
+    network is timed on the target with its branches and without.
 
     Attributes:
         profit: "auto" merges branches where multiply-accumulates grow by less than the tensors
-            that are saved are worth, and chains where they fall; "all" merges what is exact.
+            that are saved are worth, and chains where they fall, and undoes all of it where the
+            target gets slower; "all" merges what is exact.
         equalize: let channels share their scales with the next layer (the pass `equalize`) where
             those of a merged layer differ by far more than those of its branches did.
         samples: calibration samples to compare the ranges of channels on.
+        seconds: to time both networks where something was merged; 0 does not.
     """
 
     profit: Profit = "auto"
     equalize: bool = True
     samples: int = 32
+    seconds: float = 2.0
 
     name: ClassVar[str] = "merge_branches"
     stage: ClassVar[Literal["onnx"]] = "onnx"
@@ -73,12 +79,17 @@ class MergeBranches:
         if self.profit not in get_args(Profit):
             allowed = ", ".join(get_args(Profit))
             raise UsageError(f"merge_branches: profit is {self.profit!r}; choose from {allowed}.")
+        if not self.seconds >= 0:
+            raise UsageError(f"merge_branches: seconds is {self.seconds!r}, not 0 or above.")
 
     def check(self, model: Model, target: Target) -> None:
         """Applies to every model."""
 
     def apply(self, model: Model, context: Context) -> Model:
-        """Merge what pays; outputs equal the input model's within rounding."""
+        """Merge what pays; outputs equal the input model's within rounding.
+
+        Where the target cannot run either network here, `details` have no "latency".
+        """
         graph = model.graph_model.graph
         order = {node: float(index) for index, node in enumerate(graph)}
         framed = any(node.op_type == "ScatterND" for node in graph)
@@ -104,6 +115,11 @@ class MergeBranches:
             return self._done(before, {"merged": {}, "left": left})
         details |= {"max_relative_difference": difference, STATISTICS: listed(work.statistics)}
         details |= totals(before.graph_model, model.graph_model)
+        measured = self._timed(before, model, context)
+        if measured is not None:
+            details["latency"] = measured.to_dict()
+            if self.profit == "auto" and measured.ratios["after"].verdict == "slower":
+                return self._done(before, {"merged": {}, "left": _slower(details, context.target)})
         if context.calibration is not None:
             spreads = activation_spreads(before, work.watched, context.calibration, self.samples)
             for name, found in spreads.items():
@@ -112,8 +128,21 @@ class MergeBranches:
         details["suspicious"] = suspicious
         if suspicious and self.equalize:
             model = self._equalized(model, context, details)
-        details["remarks"] = remarks(details)
+        details["remarks"] = remarks(details, runtimes(context.target)[0].name)
         return self._done(model, details)
+
+    def _timed(self, before: Model, after: Model, context: Context) -> Comparison | None:
+        """Both networks on the target, in turns; None where it cannot run them here."""
+        target = runtimes(context.target)[0]
+        if not self.seconds or not can_time(target):
+            return None
+        try:
+            with context.progress("Time merged branches", total=self.seconds) as advance:
+                found = compare(target, before, after, self.seconds, context.seed)
+                advance(self.seconds)
+        except EngineError:  # what the target refuses is told where candidates are built
+            return None
+        return found
 
     def _equalized(self, model: Model, context: Context, details: dict[str, Any]) -> Model:
         """With the scales of channels shared between layers; the function stays as it is."""
@@ -152,6 +181,13 @@ def merge(model: Any, profit: Profit = "auto", **how: Any) -> Model:
     for name in ("remove_identity", "fold_pad", "fold_batchnorm"):
         done = create_pass(name).apply(done, context)
     return MergeBranches(profit=profit).apply(done, context)
+
+
+def _slower(details: dict[str, Any], target: Target) -> dict[str, str]:
+    """Why nothing is merged after all."""
+    ratio = Ratio(**details["latency"]["ratios"]["after"])
+    layers = len(details["merged"])
+    return {"": f"with {layers} merged layers the network runs {ratio} on {target.name}"}
 
 
 def _looks_mergeable(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from compress.registry import create_pass, create_target
 from compress.reparam import MergeBranches, merge
 from compress.rewrites import output_statistics
 from compress.settings import Settings, choose_passes
+from compress.target import Engine
 from compress.testing import PassContract
+from targets.onnxruntime import OnnxRuntime
 
 TARGET = create_target("cpu", threads=1)
 Build = Callable[..., Model]
@@ -36,7 +39,7 @@ def applied(model: Model, profit: Any = "auto", **options: Any) -> tuple[Model, 
     """The merged model, and the outputs before and after."""
     inputs = model.example(2)
     before = run(reference_session(model.graph_model), inputs)
-    step = MergeBranches(profit=profit, **options)
+    step = MergeBranches(profit=profit, **{"seconds": 0.0, **options})
     done = step.apply(model, Context(target=TARGET, original=model))
     return done, before, run(reference_session(done.graph_model), inputs)
 
@@ -441,7 +444,7 @@ def test_scales_that_differ_are_flagged_and_shared(onnx_model: Build) -> None:
             target=TARGET, original=model, calibration=load_data(images, model.inputs)
         )
         before = run(reference_session(model.graph_model), model.example(2))
-        done = MergeBranches(equalize=equalize, samples=4).apply(model, context)
+        done = MergeBranches(equalize=equalize, samples=4, seconds=0).apply(model, context)
         assert_same(before, run(reference_session(done.graph_model), done.example(2)))
         found = details(done)
         assert found["suspicious"] == ["a"]
@@ -500,7 +503,64 @@ def test_merging_leaves_the_model_that_was_given_as_it_is(onnx_model: Build) -> 
         "profit": "auto",
         "equalize": True,
         "samples": 32,
+        "seconds": 2.0,
     }
+
+
+def branches(onnx_model: Build) -> Model:
+    """Two branches behind a layer of their own."""
+    text = f"g ({IN}) => ({OUT}) {{{PAIR} [s] s = Add(a, b) [r] y = Relu(s)}}"
+    return onnx_model(text, w=(4, 4, 3, 3), v=(4, 4, 1, 1))
+
+
+def test_latency_is_measured_before_and_after(onnx_model: Build) -> None:
+    done, *outputs = applied(branches(onnx_model), seconds=0.2)
+    assert_same(*outputs)
+    found = details(done)["latency"]
+    assert set(found["timings"]) == {"before", "after"}
+    assert all(timing["p50_ms"] > 0 for timing in found["timings"].values())
+    assert f"{found['ratios']['after']['value']:.2f}x" in step_remarks(done)[0]
+    assert "On onnxruntime" in step_remarks(done)[0]
+    unmeasured, *_ = applied(branches(onnx_model))
+    assert "latency" not in details(unmeasured)
+    assert " ms before" not in step_remarks(unmeasured)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlowKernels(OnnxRuntime):
+    """ONNX Runtime on a machine where one operator takes longer than two."""
+
+    def build(self, model: Model) -> Engine:
+        engine = super().build(model)
+        seconds = 0.02 if op_types(model).count("Conv") == 1 else 0.0
+
+        class Slowed:
+            def __call__(self, inputs: Arrays) -> Arrays:
+                time.sleep(seconds)
+                return dict(engine(inputs))
+
+        return cast(Engine, Slowed())
+
+
+def test_what_is_slower_on_the_target_is_undone_unless_everything_is_asked_for(
+    onnx_model: Build,
+) -> None:
+    target = SlowKernels(threads=1)
+    for profit, kept in (("auto", 2), ("all", 1)):
+        model = branches(onnx_model)
+        step = create_pass("merge_branches", profit=profit, seconds=0.2)
+        done = step.apply(model, Context(target=target, original=model))
+        assert op_types(done).count("Conv") == kept
+        assert len(details(done)["merged"]) == 2 - kept
+        if profit == "auto":
+            assert "slower on" in details(done)["left"][""]
+        else:
+            assert details(done)["latency"]["ratios"]["after"]["verdict"] == "slower"
+
+
+def test_time_to_measure_is_not_negative() -> None:
+    with pytest.raises(UsageError, match="seconds is -1, not 0 or above"):
+        create_pass("merge_branches", seconds=-1)
 
 
 class TestMergeBranches(PassContract):
