@@ -32,21 +32,14 @@ class Affine:
 def affine(norm: _BatchNorm, dtype: torch.dtype) -> Affine:
     """The affine map of a BatchNorm, differentiable in gamma and beta.
 
-    A BatchNorm without them has gamma = 1 and beta = 0.
-
     Args:
-        norm: has running statistics.
+        norm: has them, and running statistics.
         dtype: in which to compute.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise TypeError("A BatchNorm without running statistics is no affine map.")
-    factor = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-    if norm.weight is not None:
-        factor = norm.weight.to(dtype) * factor
-    shift = -factor * norm.running_mean.to(dtype)
-    if norm.bias is not None:
-        shift = norm.bias.to(dtype) + shift
-    return Affine(factor, shift)
+    factor = norm.weight.to(dtype) * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    return Affine(factor, norm.bias.to(dtype) - factor * norm.running_mean.to(dtype))
 
 
 def folded(

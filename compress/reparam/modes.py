@@ -83,10 +83,9 @@ def set_mode(model: nn.Module, mode: Mode, example_inputs: Any = None) -> ModeRe
     Blocks are found by where tensors go. That needs `example_inputs` where torch.fx cannot trace
     the model, as Python code that branches on values is seen only when it runs; with an example
     the result is also checked against eval mode. Left alone and named are a BatchNorm that does
-    not directly follow a Conv, ConvTranspose or Linear, one without running statistics, and a
-    block whose layer has a second user, is called twice, or shares parameters; further modules
-    with hooks, parametrizations, or a `forward` of their own. A BatchNorm without gamma and beta
-    is folded with 1 and 0.
+    not directly follow a Conv, ConvTranspose or Linear, one without running statistics or without
+    gamma and beta, and a block whose layer has a second user, is called twice, or shares
+    parameters; further modules with hooks, parametrizations, or a `forward` of their own.
 
     Args:
         model: any torch module.

@@ -148,6 +148,8 @@ def norm_obstacle(norm: _BatchNorm, owners: Mapping[int, int]) -> str:
     """Why a BatchNorm cannot be folded, whatever is before it; "" where it can."""
     if norm.running_mean is None or norm.running_var is None:
         return "has no running statistics"
+    if norm.weight is None or norm.bias is None:
+        return "has no gamma and beta"
     return _special(norm, NORMS, owners)
 
 

@@ -199,6 +199,8 @@ CASES = [
     Left("in training", "a is also read by (aten.)?add", _training_only),
     Left("no statistics", "has no running statistics", change=lambda net: setattr(
         net, "a_norm", nn.BatchNorm2d(3, track_running_stats=False))),
+    Left("no gamma", "has no gamma and beta", change=lambda net: setattr(
+        net, "a_norm", nn.BatchNorm2d(3, affine=False))),
     Left("tied", "shares its parameters", change=lambda net: setattr(
         net.b, "weight", net.a.weight)),
     Left("hook on layer", "a has hooks", change=lambda net: net.a.register_forward_hook(

@@ -37,9 +37,8 @@ def randomize(norm: Any, generator: torch.Generator) -> None:
     with torch.no_grad():
         norm.running_mean.normal_(0, 0.5, generator=generator)
         norm.running_var.uniform_(0.3, 3, generator=generator)
-        if norm.affine:
-            norm.weight.normal_(0, 1, generator=generator)
-            norm.bias.normal_(0, 1, generator=generator)
+        norm.weight.normal_(0, 1, generator=generator)
+        norm.bias.normal_(0, 1, generator=generator)
 
 
 @st.composite
@@ -47,13 +46,13 @@ def blocks(draw: st.DrawFn) -> Block:
     """Conv1d to Conv3d, transposed ones and linear layers."""
     rank = draw(st.integers(1, 3))
     kind = draw(st.sampled_from(["conv", "conv", "transposed", "linear"]))
-    bias, is_affine = draw(st.booleans()), draw(st.sampled_from([True, True, False]))
+    bias = draw(st.booleans())
     groups = draw(st.integers(1, 3))
     inputs, outputs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     torch.manual_seed(draw(st.integers(0, 99)))
     if kind == "linear":
         layer: nn.Module = nn.Linear(inputs, outputs, bias=bias)
-        return Block(layer, nn.BatchNorm1d(outputs, affine=is_affine), (4, inputs))
+        return Block(layer, nn.BatchNorm1d(outputs), (4, inputs))
     size = tuple(draw(st.integers(1, 3)) for _ in range(rank))
     stride, dilation = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     padding: Any = draw(st.integers(0, 2))
@@ -72,7 +71,7 @@ def blocks(draw: st.DrawFn) -> Block:
         layer = make(
             inputs, outputs, size, stride=stride, padding=padding, padding_mode=mode, **options
         )
-    norm = NORMS[rank - 1](outputs, affine=is_affine, eps=draw(st.sampled_from([1e-5, 1e-3])))
+    norm = NORMS[rank - 1](outputs, eps=draw(st.sampled_from([1e-5, 1e-3])))
     return Block(layer, norm, (2, inputs, *(7,) * rank))
 
 
