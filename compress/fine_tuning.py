@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from compress.data import Batch, Data
     from compress.teaching import Teaching
     from compress.torch_graph.network import Network
-    from compress.training import Score
+    from compress.training import Score, Subject
 
     Arrays = dict[str, np.ndarray]
+
+Student = TypeVar("Student")
+State = TypeVar("State")
 
 AUGMENTS = ("none", "flip")
 TEACHER = "teacher"
@@ -86,19 +89,20 @@ class FineTuning:
     def taught(
         self,
         model: Model,
-        student: Network,
+        student: Student,
         teacher: Model,
         data: Data,
-        course: Callable[[Network, Teaching[Arrays], float], Course],
+        course: Callable[[Student, Teaching[State], float], Subject[State]],
         *,
         seed: int = 0,
         progress: Progress = silent,
-    ) -> tuple[Arrays, dict[str, Any]]:
-        """The best constants of a network, and facts about its training.
+    ) -> tuple[State, dict[str, Any]]:
+        """The best state of a network, and facts about its training.
 
         Args:
             model: what the student is made from; says whether its batch is fixed.
-            student: what is trained; a pass may have put operators of its own into it.
+            student: what is trained: a graph, which may have operators of a pass's own, or a
+                torch module.
             teacher: as in `train`.
             data: as in `train`.
             course: `Course`, or one that changes the student in the course of the training.
@@ -112,7 +116,7 @@ class FineTuning:
         samples = Samples(data, seed)
         size, parts = batch_and_parts(model, samples, self.batch)
         lesson = Lesson(self.temperature, self.alpha, self.augment)
-        teaching: Teaching[Arrays] = Teaching(
+        teaching: Teaching[State] = Teaching(
             Network(teacher.graph_model), samples.held, size, lesson, seed
         )
         subject = course(student, teaching, self.learning_rate)

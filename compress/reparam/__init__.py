@@ -26,15 +26,18 @@ if TYPE_CHECKING:
     from compress.reparam.merging import MergeBranches, merge
     from compress.reparam.modes import ModeReport, set_mode, tune
     from compress.reparam.pairs import Pair
+    from compress.reparam.tuning import FineTune, fine_tune
 
 _HOME = {
     "Expansion": "compress.reparam.expansion",
+    "FineTune": "compress.reparam.tuning",
     "MergeBranches": "compress.reparam.merging",
     "ModeReport": "compress.reparam.modes",
     "Pair": "compress.reparam.pairs",
     "compile_tuned": "compress.reparam.compiled",
     "expand": "compress.reparam.expansion",
     "factorize": "compress.reparam.lowrank_torch",
+    "fine_tune": "compress.reparam.tuning",
     "full_ranks": "compress.reparam.lowrank_torch",
     "low_rank": "compress.reparam.lowrank",
     "merge": "compress.reparam.merging",
@@ -46,12 +49,14 @@ _HOME = {
 
 __all__ = [
     "Expansion",
+    "FineTune",
     "MergeBranches",
     "ModeReport",
     "Pair",
     "compile_tuned",
     "expand",
     "factorize",
+    "fine_tune",
     "full_ranks",
     "low_rank",
     "merge",
