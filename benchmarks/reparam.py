@@ -10,7 +10,11 @@ structure: groups of branches that were merged, beside those that the network ha
 accuracy: the two that are trained on CIFAR-10, in float and in int8, before and after merging, with
 and without `equalize`, with a scale for each output channel and with one for each weight tensor;
 the first once more with its channels rescaled, which leaves its function and not its ranges.
-latency: ONNX Runtime on one thread, batch 1, BatchNorm folded in both, timed in turns.
+latency: ONNX Runtime on one thread, batch 1, BatchNorm folded in both, timed in turns in three
+sessions.
+worth: pairs of branches whose merging adds multiply-accumulates and saves tensors, in ONNX Runtime
+and OpenVINO: how many for each element that is no longer written are still faster, which is what
+`compress.reparam.offers.KERNEL_WORTH` assumes.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,22 +33,35 @@ import numpy as np
 import torch
 
 from benchmarks.common import HERE, Results, shared_module, torchvision_models
-from benchmarks.reparam_networks import OURS, TRAINED, randomise, rescale, train
+from benchmarks.reparam_networks import OURS, TRAINED, Branches, randomise, rescale, train
 from compress.data import Data, load_data
 from compress.export import run_torch, to_onnx
 from compress.graph import graph_sites
-from compress.latency import measure
 from compress.loading import load
 from compress.metrics import paired_drop, top1
 from compress.model import Model
 from compress.passes import Context, Pass
 from compress.recipe import default_passes
 from compress.reference import reference_session, run
-from compress.registry import create_pass
+from compress.registry import create_pass, create_target
+from compress.sessions import measure_sessions
 from targets.cpu import CPU
 
 TIMM = {"repvgg_a0": "1x3x224x224", "mobileone_s0": "1x3x224x224", "fastvit_t8": "1x3x256x256"}
-PARTS = ("structure", "accuracy", "latency")
+PARTS = ("structure", "accuracy", "latency", "worth")
+PAIRS = {
+    "depthwise 3x3 and 3x3": ((3, 3, 1), (3, 3, 1)),
+    "depthwise 3x3 and 3x3 dilated 2": ((3, 3, 1), (3, 3, 2)),
+    "depthwise 1x5 and 5x1": ((1, 5, 1), (5, 1, 1)),
+    "depthwise 3x3 and 3x3 dilated 3": ((3, 3, 1), (3, 3, 3)),
+    "depthwise 1x7 and 7x1": ((1, 7, 1), (7, 1, 1)),
+    "depthwise 1x9 and 9x1": ((1, 9, 1), (9, 1, 1)),
+    "depthwise 3x3 and 3x3 dilated 4": ((3, 3, 1), (3, 3, 4)),
+    "depthwise 1x11 and 11x1": ((1, 11, 1), (11, 1, 1)),
+}
+"""Height, width and dilation of two branches of a depthwise convolution."""
+MAPS = ((32, 56), (128, 14))
+"""Channels, and height and width."""
 TRAINING_IMAGES, CALIBRATION_IMAGES = 25_000, 512
 FOLDING = ("remove_identity", "fold_pad", "fold_batchnorm")
 
@@ -80,7 +98,9 @@ def steps(model: Model, passes: list[Pass], context: Context) -> Model:
     return done
 
 
-def folded_and_merged(module: torch.nn.Module, shape: str) -> tuple[Model, Model, float]:
+def folded_and_merged(
+    module: torch.nn.Module, shape: str, profit: str = "auto"
+) -> tuple[Model, Model, float]:
     """BatchNorm folded, that with its branches merged, and the seconds that merging took."""
     target = CPU(threads=1)
     original = load(module, inputs=[shape])
@@ -88,7 +108,7 @@ def folded_and_merged(module: torch.nn.Module, shape: str) -> tuple[Model, Model
     exported = to_onnx(original, target.capabilities.opset)
     folded = steps(exported, [create_pass(name) for name in FOLDING], context)
     start = time.perf_counter()
-    merged = steps(folded, [create_pass("merge_branches")], context)
+    merged = steps(folded, [create_pass("merge_branches", profit=profit, seconds=0)], context)
     return folded, merged, time.perf_counter() - start
 
 
@@ -121,11 +141,48 @@ def latency(name: str, seconds: float) -> dict[str, Any]:
     """Merged against unmerged."""
     module, shape = network(name)
     folded, merged, _ = folded_and_merged(module, shape)
-    target = CPU(threads=1)
-    engines = {"branches": target.build(folded), "merged": target.build(merged)}
-    inputs = folded.example()
-    calls = {label: partial(engine, inputs) for label, engine in engines.items()}
-    return measure(calls, seconds=seconds).to_dict()
+    return timed(folded, merged, "onnxruntime", seconds)
+
+
+def timed(folded: Model, merged: Model, runtime: str, seconds: float) -> dict[str, Any]:
+    """Both in several sessions."""
+    target, inputs = create_target(runtime, threads=1), folded.example()
+
+    def build() -> dict[str, Callable[[], object]]:
+        engines = {"branches": target.build(folded), "merged": target.build(merged)}
+        return {label: partial(engine, inputs) for label, engine in engines.items()}
+
+    return measure_sessions(build, seconds=seconds, margin=0.0).to_dict()
+
+
+def worth(name: str, seconds: float) -> dict[str, Any]:
+    """One pair of branches on every size of input, in both runtimes."""
+    found: dict[str, Any] = {}
+    for channels, size in MAPS:
+        torch.manual_seed(0)
+        branches: list[torch.nn.Module] = [
+            torch.nn.Conv2d(
+                channels,
+                channels,
+                (high, wide),
+                padding=(dilation * (high - 1) // 2, dilation * (wide - 1) // 2),
+                dilation=dilation,
+                groups=channels,
+            )
+            for high, wide, dilation in PAIRS[name]
+        ]
+        shape = f"1x{channels}x{size}x{size}"
+        folded, merged, _ = folded_and_merged(Branches(branches).eval(), shape, "all")
+        macs = [sum(s.macs for s in graph_sites(m.graph_model)) for m in (folded, merged)]
+        saved = 2 * channels * size**2  # what both branches write; the sum is written by either
+        entry: dict[str, Any] = {
+            "macs": macs,
+            "added_for_each_element": (macs[1] - macs[0]) / saved,
+        }
+        for runtime in ("onnxruntime", "openvino"):
+            entry[runtime] = timed(folded, merged, runtime, seconds / 2)
+        found[shape] = entry
+    return {"inputs": found}
 
 
 def rows(exported: Model, context: Context, per_channel: bool) -> dict[str, Model]:
@@ -141,10 +198,8 @@ def rows(exported: Model, context: Context, per_channel: bool) -> dict[str, Mode
         )
         at = next(i for i, step in enumerate(passes) if step.name == "quantize")
         passes[at:at] = [create_pass("equalize")] if equalize else []
-        passes = [
-            create_pass("merge_branches", equalize=False) if p.name == "merge_branches" else p
-            for p in passes
-        ]
+        plain = create_pass("merge_branches", equalize=False, seconds=0)
+        passes = [plain if step.name == plain.name else step for step in passes]
         made[label] = steps(exported, passes, context)
     return made
 
@@ -167,7 +222,7 @@ def accuracy(name: str, epochs: int, images: int) -> dict[str, Any]:
     before = top1(target.build(exported), test)
     merged = steps(
         exported,
-        [*map(create_pass, FOLDING), create_pass("merge_branches", equalize=False)],
+        [*map(create_pass, FOLDING), create_pass("merge_branches", equalize=False, seconds=0)],
         context,
     )
     details = merged.history[-1].details
@@ -206,14 +261,14 @@ def main() -> None:
         "structure": structure,
         "accuracy": partial(accuracy, epochs=given.epochs, images=given.images),
         "latency": partial(latency, seconds=given.seconds),
+        "worth": partial(worth, seconds=given.seconds),
     }
     names = [
         f"{part}: {name}"
         for part in given.parts
-        for name in given.only
+        for name in (PAIRS if part == "worth" else given.only)
         if part != "accuracy" or name in TRAINED
     ]
-
     if "accuracy" in given.parts and "repvgg" in given.only:
         names.append("accuracy: repvgg rescaled")
 
@@ -239,6 +294,16 @@ def summary(key: str, entry: dict[str, Any]) -> str:
         )
     if key.startswith("latency"):
         return f"{key}: {entry['ratios']['merged']['value']:.2f} times as fast"
+    if key.startswith("worth"):
+        ratios = (
+            f"{shape}: {one['added_for_each_element']:.3g} added, "
+            + ", ".join(
+                f"{runtime} {one[runtime]['ratios']['merged']['value']:.2f}x"
+                for runtime in ("onnxruntime", "openvino")
+            )
+            for shape, one in entry["inputs"].items()
+        )
+        return f"{key}: {'; '.join(ratios)}"
     drops = {label: f"{row['drop']['points']:.2f}" for label, row in entry["int8"].items()}
     return f"{key}: top-1 {entry['float']['value']:.4f}, points lost {drops}"
 

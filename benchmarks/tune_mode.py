@@ -4,15 +4,19 @@
     python -m benchmarks.tune_mode --parts bytes curves
 
 Both networks learn CIFAR-10 from the same start, in the same order of images, by SGD with momentum.
-ResNet-56 is trained; MobileNetV2 is torchvision's with random weights, sees images of 64x64, and
-gets its running statistics from the first batches.
+ResNet-56 is trained on it; MobileNetV2 is trained on ImageNet, gets a new last layer, sees images
+of 64x64, and as its BatchNorm came folded, gets one that changes nothing, with the statistics of
+the first batches.
 
 - bytes: of the storages that autograd keeps after one forward pass, each counted once, without
   parameters and buffers; by the operation that keeps them; and the peak of what is allocated in
   one step, by torch's profiler.
 - curves: the loss of every step. `eval again` is Eval with the images changed by one part in ten
-  million: how far rounding alone leads curves apart.
+  million: how far rounding alone leads curves apart. curves64: the same in float64, where
+  rounding does not, with fewer and smaller batches.
 - time: of a step, the modes in turn in one process.
+- compiled: the same for torch.compile: of eval mode, with Inductor's own pass for this
+  (`compile_tuned`), and of tune mode; bytes, time, and gradients beside those of eager eval mode.
 
 It goes on where it was killed; the results are in `results/tune_mode.json`.
 """
@@ -24,6 +28,7 @@ import copy
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,15 +40,18 @@ import torch.nn.functional as F  # noqa: N812
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.common import Results, shared_module, torchvision_models
+from benchmarks.common import Results, shared_module
 from compress import reparam
 from compress.latency import measure
 
-NETWORKS = ("cifar10_resnet56", "mobilenet_v2")
-PARTS = ("bytes", "curves", "time")
+MOBILENET = "imagenet_mobilenet_v2"
+NETWORKS = ("cifar10_resnet56", MOBILENET)
+PARTS = ("bytes", "curves", "curves64", "time", "compiled")
 MODES = ("eval", "tune", "deploy")
-BATCH = {"cifar10_resnet56": 128, "mobilenet_v2": 64}
-SIZE = {"cifar10_resnet56": 32, "mobilenet_v2": 64}
+BATCH = {"cifar10_resnet56": 128, MOBILENET: 64}
+SIZE = {"cifar10_resnet56": 32, MOBILENET: 64}
+DOUBLE_STEPS, DOUBLE_BATCH = 20, 32
+"""Of the curves in float64, at most."""
 RATE = 1e-3
 """With frozen statistics 0.01 is too much for the trained network: its loss rises in all modes."""
 STATISTICS_BATCHES = 10
@@ -64,19 +72,51 @@ def images(name: str, batch: int, steps: int) -> list[tuple[Tensor, Tensor]]:
 def network(name: str, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     """The start that every mode has."""
     torch.manual_seed(0)
-    if name != "mobilenet_v2":
-        trained: nn.Module = shared_module("models/zoo.py").load(name)
-        return trained
-    net: nn.Module = torchvision_models().mobilenet_v2(num_classes=10, dropout=0.0)
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # the mean over all batches
-    with torch.no_grad():
-        for x, _ in batches[:STATISTICS_BATCHES]:
-            net.train()(x)
-    for norm in norms:
-        norm.momentum = 0.1
-    return net.eval()
+    net: nn.Module = shared_module("models/zoo.py").load(name)
+    if name == MOBILENET:
+        net.classifier = nn.Conv2d(1280, 10, 1)
+        unfold(net, [x for x, _ in batches[:STATISTICS_BATCHES]])
+    return net
+
+
+@torch.no_grad()
+def unfold(net: nn.Module, batches: list[Tensor]) -> None:
+    """Give every convolution with a bias the BatchNorm that was folded into it, in place.
+
+    The network computes what it did: each filter gets norm one, as weight decay leads to, and
+    BatchNorm the rest, with the statistics of these images.
+    """
+    norms: list[tuple[nn.BatchNorm2d, Tensor]] = []
+    for module in list(net.modules()):
+        for name, conv in list(module.named_children()):
+            if not isinstance(conv, nn.Conv2d) or conv is net.classifier or conv.bias is None:
+                continue
+            size = conv.weight.flatten(1).norm(dim=1).clamp_min(1e-6)
+            norm = nn.BatchNorm2d(conv.out_channels)
+            norm.weight.copy_(size * (1 + norm.eps) ** 0.5)
+            norm.bias.copy_(conv.bias)
+            conv.weight.div_(size.view(-1, 1, 1, 1))
+            conv.bias = None
+            setattr(module, name, nn.Sequential(conv, norm))
+            norms.append((norm, size))
+
+    def watch(norm: nn.Module, args: tuple[Tensor]) -> None:
+        F.batch_norm(args[0], *seen[norm], training=True, momentum=share)
+
+    seen = {n: (torch.zeros_like(n.bias), torch.zeros_like(n.bias)) for n, _ in norms}
+    hooks = [norm.register_forward_pre_hook(watch) for norm, _ in norms]
+    net.eval()
+    for index, x in enumerate(batches):
+        share = 1 / (index + 1)
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    for norm, size in norms:
+        mean, variance = seen[norm]
+        norm.bias.add_(size * mean)
+        norm.weight.copy_(size * (variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
 
 
 def in_mode(start: nn.Module, mode: str, x: Tensor) -> tuple[nn.Module, int]:
@@ -177,23 +217,30 @@ def measure_bytes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"batch": len(x), "pairs": pairs, "saved_share": saved, "modes": modes}
 
 
-def curves(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def curves(name: str, arguments: argparse.Namespace, double: bool = False) -> dict[str, Any]:
     """Losses of every step in every mode."""
-    batches = images(name, arguments.batch or BATCH[name], max(arguments.steps, STATISTICS_BATCHES))
+    steps, batch = arguments.steps, arguments.batch or BATCH[name]
+    if double:
+        steps, batch = min(steps, DOUBLE_STEPS), min(batch, DOUBLE_BATCH)
+    batches = images(name, batch, max(steps, STATISTICS_BATCHES))
     start = network(name, batches)
+    if double:
+        start = start.double()
+        batches = [(x.double(), y) for x, y in batches]
     losses: dict[str, list[float]] = {}
     for label in (*MODES, "eval again"):
         print(f"   {label}", flush=True)
         net, _ = in_mode(start, label.removesuffix(" again"), batches[0][0])
         step = training_step(net, RATE)
         factor = 1 + 1e-7 if label == "eval again" else 1.0
-        losses[label] = [step(x * factor, y) for x, y in batches[: arguments.steps]]
+        losses[label] = [step(x * factor, y) for x, y in batches[:steps]]
     far = {
         label: np.abs(np.subtract(losses[label], losses["eval"]))
         for label in ("tune", "deploy", "eval again")
     }
     return {
-        "steps": arguments.steps,
+        "steps": steps,
+        "batch": batch,
         "losses": losses,
         "largest_difference": {label: float(found.max()) for label, found in far.items()},
         "steps_within_1e-4": {
@@ -211,10 +258,61 @@ def step_time(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return measure(calls, baseline="eval", seconds=arguments.seconds).to_dict()
 
 
+def gradients(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Of the loss, by parameter."""
+    net.zero_grad(set_to_none=True)
+    F.cross_entropy(net(x), y).backward()
+    return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+
+
+def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Inductor's pass beside tune mode, both compiled, and eval mode compiled and not."""
+    from torch._dynamo.utils import counters
+
+    batches = images(name, arguments.batch or BATCH[name], STATISTICS_BATCHES)
+    start, (x, y) = network(name, batches), batches[0]
+    plain = in_mode(start, "eval", x)[0]
+    wanted = gradients(plain, x, y)
+    calls = {"eval": partial(training_step(plain, 0.0), x, y)}
+    calls["tune"] = partial(training_step(in_mode(start, "tune", x)[0], 0.0), x, y)
+    modes: dict[str, Any] = {}
+    for label in ("compiled eval", "inductor's pass", "compiled tune"):
+        torch._dynamo.reset()
+        if label == "inductor's pass":
+            own = copy.deepcopy(start).train()
+            net = reparam.compile_tuned(own)
+        else:
+            own, _ = in_mode(start, label.removeprefix("compiled "), x)
+            net = torch.compile(own)
+        counters["inductor"].clear()
+        began = time.perf_counter()
+        F.cross_entropy(net(x), y).backward()
+        seconds = time.perf_counter() - began
+        folded = counters["inductor"]["efficient_conv_bn_eval"]
+        got = {n.removeprefix("_orig_mod."): g for n, g in gradients(net, x, y).items()}
+        far = max(float((got[n] - g).abs().max() / g.abs().max()) for n, g in wanted.items())
+        modes[label] = {
+            "bytes": kept_bytes(net, x, y)["bytes"],
+            "folded_by_inductor": folded,
+            "compile_seconds": seconds,
+            "largest_relative_difference_of_gradients": far,
+        }
+        calls[label] = partial(training_step(net, 0.0), x, y)
+    latency = measure(calls, baseline="eval", seconds=arguments.seconds).to_dict()
+    return {"compiled": modes, **latency}
+
+
 def run_one(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One part for one network."""
     name, part = key.split("/")
-    return {"bytes": measure_bytes, "curves": curves, "time": step_time}[part](name, arguments)
+    work = {
+        "bytes": measure_bytes,
+        "curves": curves,
+        "curves64": partial(curves, double=True),
+        "time": step_time,
+        "compiled": compiled,
+    }
+    return work[part](name, arguments)
 
 
 def print_entry(key: str, entry: dict[str, Any], console: Console) -> None:
@@ -241,6 +339,13 @@ def print_entry(key: str, entry: dict[str, Any], console: Console) -> None:
                 f"steps, the first {within} within 1e-4"
             )
     else:
+        for mode, found in entry.get("compiled", {}).items():
+            console.print(
+                f"{key}: {mode}: {found['bytes'] / 1e6:.1f} MB kept, {found['folded_by_inductor']} "
+                f"folded by Inductor, compiled in {found['compile_seconds']:.0f} s, gradients "
+                f"within {found['largest_relative_difference_of_gradients']:.1g} of the largest",
+                markup=False,
+            )
         for mode, found in entry["ratios"].items():
             console.print(
                 f"{key}: {mode} runs {found['value']:.3f} [{found['low']:.3f}, "
