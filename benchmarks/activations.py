@@ -7,7 +7,9 @@ Accuracy: ResNet-20 on CIFAR-10 with the activations of the 1, 2 and 3 least sen
 linear and their layers merged, faster or not: right away, and after a short fine-tuning in which
 their slopes go to one, with the original as teacher. Latency: the same networks in ONNX Runtime,
 one thread, batch 1, interleaved with the original; then every run of layers that could be one,
-alone, in ResNet-20 and MobileNetV2; last, what `remove_activations` itself does at its defaults.
+alone, in ResNet-20 and MobileNetV2; what `remove_activations` itself does there at its defaults;
+and what it does to the MobileOne-style network of `benchmarks.reparam`, whose runs of depthwise and
+pointwise layers get faster as one layer.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import Results, shared_module
+from benchmarks.reparam import trained
 from compress.data import Data, load_data
 from compress.export import to_onnx
 from compress.graph import graph_sites
@@ -35,6 +38,7 @@ from compress.model import Model
 from compress.passes import Context
 from compress.progress import silent
 from compress.registry import create_target
+from compress.reparam import merge
 from compress.reparam.activations import RemoveActivations
 from compress.reparam.activations_graph import Segment, as_linear, as_merged, find_segments
 from compress.reparam.activations_search import Changes, Tried, choose, judge, time_segments
@@ -47,6 +51,8 @@ TIMED = ("cifar10_resnet20", "imagenet_mobilenet_v2")
 COUNTS = (1, 2, 3)
 """Activations that are removed."""
 RUNTIME = "onnxruntime"
+SEPARABLE, EPOCHS = "mobileone", 8
+"""Of `benchmarks.reparam`, and how long that trains it."""
 
 
 @functools.cache
@@ -169,6 +175,27 @@ def default(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"details": details, "wall_seconds": time.perf_counter() - start}
 
 
+def separable(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The pass on a network of depthwise and pointwise layers, whose runs get faster as one."""
+    module = trained(SEPARABLE, EPOCHS)
+    model = merge(module, inputs=["1x3x32x32"])
+    cifar10 = shared_module("data/load.py").cifar10
+    learn = load_data(cifar10("train", arguments.train_images), model.inputs)
+    test = load_data(cifar10("test", arguments.images), model.inputs)
+    target = create_target(RUNTIME, threads=1)
+    step = RemoveActivations(steps=arguments.steps, batch=arguments.batch, augment="flip")
+    copy = dataclasses.replace(model, program=model.graph_model.clone())
+    done = step.apply(copy, context(model, learn))
+    scores = [top1(target.build(one), test) for one in (model, done)]
+    return {
+        "network": SEPARABLE,
+        "macs": [sum(s.macs for s in graph_sites(m.graph_model)) for m in (model, done)],
+        "details": {k: v for k, v in done.history[-1].details.items() if k != "statistics"},
+        "top1": [score.to_dict() for score in scores],
+        "drop": dataclasses.asdict(paired_drop(*scores)),
+    }
+
+
 def run_one(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One entry by its name."""
     part, _, rest = key.partition("/")
@@ -176,13 +203,14 @@ def run_one(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return accuracy(int(rest), arguments)
     if part == "runs":
         return runs(rest, arguments)
-    return latency(arguments) if part == "latency" else default(arguments)
+    work = {"latency": latency, "remove_activations": default, "separable": separable}
+    return work[part](arguments)
 
 
 def keys(part: str) -> list[str]:
     """Names of the entries of a part."""
     found = [f"accuracy/{count}" for count in COUNTS]
-    timed = ["latency", *(f"runs/{name}" for name in TIMED), "remove_activations"]
+    timed = ["latency", *(f"runs/{name}" for name in TIMED), "remove_activations", "separable"]
     return {"accuracy": found, "latency": timed, "all": found + timed}[part]
 
 
@@ -193,7 +221,8 @@ def show(entries: Mapping[str, Any], order: Sequence[str], console: Console) -> 
         if "error" in entry:
             console.print(f"{key}: {entry['error']}", markup=False)
         elif "details" in entry:
-            console.print(f"{key}: {entry['details']['remark']}", markup=False)
+            loss = f" Drop {shown_drop(entry['drop'])}." if "drop" in entry else ""
+            console.print(f"{key}: {entry['details']['remark']}{loss}", markup=False)
         elif "tried" in entry:
             console.print(run_table(key, entry))
         elif "latency" in entry:

@@ -153,9 +153,14 @@ def accuracy(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def tuned(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is left of that after a short fine-tuning."""
+    return fine_tuned(setting_model(setting), arguments)
+
+
+def fine_tuned(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Towards ResNet-56 as it was."""
     start = time.perf_counter()
     model = recover(
-        setting_model(setting),
+        model,
         shared_module("data/load.py").cifar10("train", arguments.train_images),
         teacher=network(TRAINED),
         steps=arguments.steps,
@@ -194,15 +199,19 @@ def latency(name: str, runtime: str, arguments: argparse.Namespace) -> dict[str,
     }
 
 
-def picked(name: str, runtime: str) -> dict[str, Any]:
-    """What `low_rank` does at its defaults, on calibration data."""
+def picked(name: str, runtime: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `low_rank` does at its defaults; what that loses, where there are images enough."""
     data = shared_module("data/load.py")
     x, _ = data.cifar10("train", 64) if name.startswith("cifar10") else data.imagenet250()
     target = create_target(runtime, threads=1)
     start = time.perf_counter()
     done = low_rank(network(name), target, data=np.asarray(x)[:64])
     details = dict(done.history[-1].details)
-    return {"details": details, "wall_seconds": time.perf_counter() - start, **sizes(done)}
+    seconds = time.perf_counter() - start
+    lost: dict[str, Any] = {}
+    if name == TRAINED:
+        lost = {"alone": loss_facts(done, arguments.images), "tuned": fine_tuned(done, arguments)}
+    return {"details": details, "wall_seconds": seconds, **sizes(done), **lost}
 
 
 def run_one(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +219,7 @@ def run_one(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
     part, *rest = key.split("/")
     if part in ("accuracy", "tuned"):
         return (accuracy if part == "accuracy" else tuned)(rest[0], arguments)
-    return latency(*rest, arguments) if part == "latency" else picked(*rest)
+    return (latency if part == "latency" else picked)(*rest, arguments)
 
 
 def keys(part: str) -> list[str]:

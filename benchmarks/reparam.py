@@ -204,19 +204,25 @@ def rows(exported: Model, context: Context, per_channel: bool) -> dict[str, Mode
     return made
 
 
+def trained(name: str, epochs: int) -> torch.nn.Module:
+    """One of our networks, trained on images that are not used for calibration."""
+    x, y = shared_module("data/load.py").cifar10("train", CALIBRATION_IMAGES + TRAINING_IMAGES)
+    learn = slice(CALIBRATION_IMAGES, None)
+    return train(name, x[learn], y[learn], epochs, HERE / "checkpoints")
+
+
 def accuracy(name: str, epochs: int, images: int) -> dict[str, Any]:
     """Top-1 on the test images of every row, and what the range check says."""
     cifar10 = shared_module("data/load.py").cifar10
-    x, y = cifar10("train", TRAINING_IMAGES + CALIBRATION_IMAGES)
-    held, learn = slice(0, CALIBRATION_IMAGES), slice(CALIBRATION_IMAGES, None)
     name, _, rescaled = name.partition(" ")
-    module = train(name, x[learn], y[learn], epochs, HERE / "checkpoints")
+    module = trained(name, epochs)
     if rescaled:
         module = rescale(module)
     target = CPU(threads=1)
     original = load(module, inputs=[OURS[name][1]])
     exported = to_onnx(original, target.capabilities.opset)
-    calibration: Data = load_data(x[held], exported.inputs)
+    images_of_training, _ = cifar10("train", CALIBRATION_IMAGES)
+    calibration: Data = load_data(images_of_training, exported.inputs)
     context = Context(target=target, original=original, calibration=calibration)
     test = load_data(cifar10("test", images), exported.inputs)
     before = top1(target.build(exported), test)
