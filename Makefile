@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/bench.stamp
-	@for name in limits zoo cifar_ptq zoo_latency trained quant_fragile predictor explain gate memory tune_mode lowrank activations gpu; do \
+	@for name in limits zoo cifar_ptq zoo_latency trained quant_fragile predictor explain gate memory tune_mode reparam lowrank activations gpu; do \
 		echo "benchmarks/$$name.py"; $(BIN)/python -W ignore -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -W ignore -m benchmarks.zoo_latency --throughput
 	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -W ignore -m benchmarks.zoo_latency --name zoo_latency_avx2
@@ -43,8 +43,8 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 
 $(VENV)/bench.stamp: $(VENV)/dev.stamp
 	@echo "Installing what the benchmarks compare with into $(VENV)"
-	@$(PIP) --editable ".[nncf]"
-	@$(PIP) --no-deps torchvision
+	@$(PIP) --editable ".[nncf]" huggingface_hub
+	@$(PIP) --no-deps torchvision timm
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp

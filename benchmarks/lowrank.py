@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of entries")
     parser.add_argument("--images", type=int, default=2000, help="CIFAR test images")
     parser.add_argument("--train-images", type=int, default=5000, help="for fine-tuning")
-    parser.add_argument("--steps", type=int, default=40, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=64, help="images of one step")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each timed setting")
     parser.add_argument("--results", type=Path, default=None, help="folder for lowrank.json")

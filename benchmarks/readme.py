@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import reparam_tables
 from benchmarks.common import HERE
 from benchmarks.peers import EXECUTORCH, ORT_FLOAT, ORT_INT8, OV_INT8, OV_QDQ, OV_WIDE
 
@@ -279,6 +280,14 @@ def main() -> None:
         "gate_threads": gate("gate_threads"),
         "memory": memory(),
         "patches": patches(),
+        "merges": reparam_tables.merges(entries("reparam")),
+        "merged_int8": reparam_tables.int8(entries("reparam")),
+        "worth": reparam_tables.worth(entries("reparam")),
+        "tune_mode": reparam_tables.tune_mode(entries("tune_mode")),
+        "compiled": reparam_tables.compiled(entries("tune_mode")),
+        "lowrank": reparam_tables.lowrank(entries("lowrank")),
+        "picked": reparam_tables.picked(entries("lowrank")),
+        "activations": reparam_tables.activations(entries("activations")),
     }
     texts = {page: page.read_text() for page in PAGES}
     for name, rows in tables.items():

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
+from compress.data import Data
 from compress.errors import EngineError, UsageError
 from compress.graph import infer_shapes
 from compress.latency import Comparison, Ratio
@@ -35,7 +36,7 @@ from compress.reparam.reading import (
     is_join,
     operands,
 )
-from compress.reparam.spread import activation_spreads, weight_spreads
+from compress.reparam.spread import BATCH, activation_spreads, weight_spreads
 from compress.reparam.terms import regroup
 from compress.rewrites import (
     RELATIVE_TOLERANCE,
@@ -54,8 +55,9 @@ class MergeBranches:
 
     What RepVGG, MobileOne, diverse branch blocks, dilated and grouped branches are trained with,
     found by what the graph computes. Numbers are merged in float64; every merge is compared with
-    what it replaces. What looks alike and is left alone is named with the reason. The float
-    network is timed on the target with its branches and without.
+    what it replaces, and the whole network on calibration data. What looks alike and is left alone
+    is named with the reason. The float network is timed on the target with its branches and
+    without.
 
     Attributes:
         profit: "auto" merges branches where multiply-accumulates grow by less than the tensors
@@ -109,7 +111,7 @@ class MergeBranches:
         details: dict[str, Any] = {"merged": work.merged, "left": work.reasons()}
         if not work.merged:
             return self._done(model, details)
-        difference = _difference(before, model)
+        difference = _difference(before, model, context.calibration)
         if not difference <= RELATIVE_TOLERANCE:
             left = {"": f"together the merges change the outputs by {difference:.2g}"}
             return self._done(before, {"merged": {}, "left": left})
@@ -268,10 +270,21 @@ class _Work:
         self.merged[name] = facts
 
 
-def _difference(before: Model, model: Model) -> float:
-    """Largest difference of the outputs on random inputs, relative to the largest output."""
-    inputs = model.example()
-    expected = run(reference_session(before.graph_model), inputs)
-    got = run(reference_session(model.graph_model), inputs)
-    worst = max(largest_difference(got[name], array) for name, array in expected.items())
-    return worst / max(1e-6, *(largest_magnitude(array) for array in expected.values()))
+def _difference(before: Model, model: Model, data: Data | None) -> float:
+    """Largest difference of the outputs, relative to the largest output.
+
+    On random inputs, and on the first samples of the data where there are some.
+    """
+    batches = [model.example()]
+    if data is not None:
+        fixed = next((spec.concrete()[0] for spec in model.inputs if spec.shape), 1)
+        size = BATCH if model.dynamic_batch else fixed
+        found = next(iter(data.take(size).batches(size)))
+        batches += [dict(found.inputs)] if model.dynamic_batch or len(found) == size else []
+    sessions = [reference_session(one.graph_model) for one in (before, model)]
+    worst = 0.0
+    for inputs in batches:
+        expected, got = (run(session, inputs) for session in sessions)
+        far = max(largest_difference(got[name], array) for name, array in expected.items())
+        worst = max(worst, far / max(1e-6, *map(largest_magnitude, expected.values())))
+    return worst
