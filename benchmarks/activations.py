@@ -8,8 +8,8 @@ linear and their layers merged, faster or not: right away, and after a short fin
 their slopes go to one, with the original as teacher. Latency: the same networks in ONNX Runtime,
 one thread, batch 1, interleaved with the original; then every run of layers that could be one,
 alone, in ResNet-20 and MobileNetV2; what `remove_activations` itself does there at its defaults;
-and what it does to the MobileOne-style network of `benchmarks.reparam`, whose runs of depthwise and
-pointwise layers get faster as one layer.
+and what it does to a network of inverted bottlenecks (`benchmarks.reparam_networks`), which get
+faster as one layer each.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TIMED = ("cifar10_resnet20", "imagenet_mobilenet_v2")
 COUNTS = (1, 2, 3)
 """Activations that are removed."""
 RUNTIME = "onnxruntime"
-SEPARABLE, EPOCHS = "mobileone", 8
+INVERTED, EPOCHS = "inverted", 8
 """Of `benchmarks.reparam`, and how long that trains it."""
 
 
@@ -175,9 +175,9 @@ def default(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"details": details, "wall_seconds": time.perf_counter() - start}
 
 
-def separable(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The pass on a network of depthwise and pointwise layers, whose runs get faster as one."""
-    module = trained(SEPARABLE, EPOCHS)
+def inverted(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The pass on a network of inverted bottlenecks, which get faster as one layer each."""
+    module = trained(INVERTED, EPOCHS)
     model = merge(module, inputs=["1x3x32x32"])
     cifar10 = shared_module("data/load.py").cifar10
     learn = load_data(cifar10("train", arguments.train_images), model.inputs)
@@ -188,7 +188,7 @@ def separable(arguments: argparse.Namespace) -> dict[str, Any]:
     done = step.apply(copy, context(model, learn))
     scores = [top1(target.build(one), test) for one in (model, done)]
     return {
-        "network": SEPARABLE,
+        "network": INVERTED,
         "macs": [sum(s.macs for s in graph_sites(m.graph_model)) for m in (model, done)],
         "details": {k: v for k, v in done.history[-1].details.items() if k != "statistics"},
         "top1": [score.to_dict() for score in scores],
@@ -203,14 +203,14 @@ def run_one(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return accuracy(int(rest), arguments)
     if part == "runs":
         return runs(rest, arguments)
-    work = {"latency": latency, "remove_activations": default, "separable": separable}
+    work = {"latency": latency, "remove_activations": default, "inverted": inverted}
     return work[part](arguments)
 
 
 def keys(part: str) -> list[str]:
     """Names of the entries of a part."""
     found = [f"accuracy/{count}" for count in COUNTS]
-    timed = ["latency", *(f"runs/{name}" for name in TIMED), "remove_activations", "separable"]
+    timed = ["latency", *(f"runs/{name}" for name in TIMED), "remove_activations", "inverted"]
     return {"accuracy": found, "latency": timed, "all": found + timed}[part]
 
 

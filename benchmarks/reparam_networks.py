@@ -206,12 +206,41 @@ def grouped_linear() -> nn.Module:
     return nn.Sequential(GroupedLinear(32, 4), GroupedLinear(32, 4), nn.Linear(32, 10))
 
 
+class InvertedBlock(nn.Module):
+    """1x1 to six times the width, depthwise 3x3, 1x1 back, and a skip where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        wide = 6 * inputs
+        self.inner = nn.Sequential(
+            *(conv_bn(inputs, wide, 1), nn.ReLU6()),
+            *(conv_bn(wide, wide, 3, stride=stride, padding=1, groups=wide), nn.ReLU6()),
+            conv_bn(wide, outputs, 1),
+        )
+        self.skips = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to (N, O, H', W')."""
+        out: torch.Tensor = self.inner(x)
+        return x + out if self.skips else out
+
+
+def inverted() -> nn.Module:
+    """8 inverted bottlenecks as in MobileNetV2 behind a stem, for 32 x 32 images; no branches."""
+    plan = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 32, 1), (32, 32, 1), (32, 48, 2)]
+    plan += [(48, 48, 1), (48, 48, 1)]
+    stem = nn.Sequential(conv_bn(3, 16, 3, padding=1), nn.ReLU6())
+    last = nn.Sequential(conv_bn(48, 192, 1), nn.ReLU6())
+    return nn.Sequential(stem, *(InvertedBlock(*block) for block in plan), last, *head(192))
+
+
 OURS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "repvgg": (repvgg, "1x3x32x32", 7),
     "mobileone": (mobileone, "1x3x32x32", 11),
     "dbb": (dbb, "1x3x32x32", 4),
     "unireplknet": (unireplknet, "1x3x32x32", 2),
     "grouped_linear": (grouped_linear, "1x16x32", 4),
+    "inverted": (inverted, "1x3x32x32", 0),
 }
 """What builds it, the shape of its input, and how many groups of branches it has."""
 TRAINED = ("repvgg", "mobileone")
