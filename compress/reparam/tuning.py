@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from compress.errors import UnsupportedError
+from compress.errors import UnsupportedError, UsageError
 from compress.fine_tuning import FineTuning, teacher_of
 from compress.model import Model, Step, TensorSpec
 from compress.passes import Context
@@ -31,12 +31,13 @@ Expand: TypeAlias = Literal["none", "repvgg", "acb", "dbb", "mobileone"]
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune(FineTuning):
-    """Fine-tune a torch network on the data of `--train` before it is exported.
+    """Fine-tune a torch network on the labelled data of `--train` before it is exported.
 
-    The original is the teacher, and labels are used where the data have them. The best state on
-    samples that are held out is kept, which may be the first.
+    Beside the labels the network as it came in is the teacher, which keeps what the data do not
+    show. The best state on samples that are held out is kept, which may be the first.
 
     Attributes:
+        alpha: weight of the distillation beside the labels' cross entropy.
         mode: of ConvBN blocks (see `compress.reparam.set_mode`). "tune" keeps BatchNorm's running
             statistics and the fewest bytes; "train" takes those of each batch. None is "tune",
             and "train" with branches, which differ from one layer by their BatchNorm only.
@@ -44,6 +45,7 @@ class FineTune(FineTuning):
             (see `compress.reparam.expand`).
     """
 
+    alpha: float = 0.5
     mode: Literal["train", "eval", "tune", "deploy"] | None = None
     expand: Expand = "none"
 
@@ -71,14 +73,14 @@ class FineTune(FineTuning):
             raise UnsupportedError(
                 f"{model.name} is a captured graph ({type(model.program).__name__}), whose "
                 f"BatchNorm and dropout are those of inference for good. Give the network itself "
-                f"(--factory module:function with its weights), or use the pass `recover`."
+                f"(--model MODULE:FACTORY and its weights), or use the pass `recover`."
             )
 
     def apply(self, model: Model, context: Context) -> Model:
         """The same modules with trained weights; details say what training gained.
 
         Raises:
-            UsageError: there are no data, or the training diverged.
+            UsageError: there are no data or no labels, or the training diverged.
             DataError: the data do not fit.
             UnsupportedError: the program cannot be trained.
         """
@@ -92,8 +94,13 @@ class FineTune(FineTuning):
         student = model.torch_module
         if not any(p.requires_grad for p in student.parameters()):  # nobody chose what to train
             student.requires_grad_()
-        first = next(iter(data.batches(1))).inputs
-        example = tuple(torch.from_numpy(first[spec.name]) for spec in model.inputs)
+        first = next(iter(data.batches(1)))
+        if first.labels is None:
+            raise UsageError(
+                f"Pass {self.name}: {data.name} has no labels, and without them the network would "
+                f"be taught what it says already. Give labelled data as --train, or leave it out."
+            )
+        example = tuple(torch.from_numpy(first.inputs[spec.name]) for spec in model.inputs)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(context.seed)
             with self._prepared(student, example) as facts:
@@ -224,11 +231,11 @@ def fine_tune(
     progress: Progress = silent,
     **options: Any,
 ) -> Model:
-    """Fine-tune a torch network towards what it is, or towards labels; see `FineTune`.
+    """Fine-tune a torch network on labelled data; see `FineTune`.
 
     Args:
         model: a torch module, or what `compress.loading.load` makes one of; it stays as it is.
-        data: as `compress.data.load_data` takes them, labelled or not.
+        data: labelled, as `compress.data.load_data` takes them.
         inputs: shapes such as "1x3x224x224" where the model does not say.
         seed: of everything random.
         progress: opens a tracker in updates.

@@ -92,14 +92,6 @@ def test_branches_are_trained_and_merged(kind: str) -> None:
     assert loss(trained) < 0.9 * loss(net)
 
 
-def test_the_teacher_alone_is_enough() -> None:
-    x, _ = samples()
-    done = fine_tune(tiny_convnet(), x, inputs=[SHAPE], **QUICK)
-    held = done.history[-1].details["held_out"]
-    assert held["measure"] == "agreement with float"
-    assert held["before"] == 1.0
-
-
 @pytest.mark.parametrize("last", [nn.Softmax(1), nn.LogSoftmax(1)], ids=["softmax", "logsoftmax"])
 def test_scores_behind_a_softmax_are_trained_as_scores(last: nn.Module) -> None:
     plain, ended = tiny_convnet(), nn.Sequential(*tiny_convnet(), last).eval()
@@ -159,6 +151,8 @@ def test_refusals() -> None:
     model = tiny_model()
     with pytest.raises(UsageError, match="Pass fine_tune trains, and there are no data"):
         FineTune().apply(model, Context(target=create_target("cpu"), original=model))
+    with pytest.raises(UsageError, match="has no labels"):
+        fine_tune(tiny_convnet(), samples()[0], inputs=[SHAPE])
     program = torch.export.export(tiny_convnet(), (torch.zeros(1, 3, 16, 16),))
     captured = Model(program.module(), (IMAGE,), "captured")
     with pytest.raises(UnsupportedError, match=r"captured graph .*Give the network itself"):
