@@ -122,12 +122,15 @@ def lowrank(entries: Mapping[str, Any]) -> list[list[str]]:
 
 def picked(entries: Mapping[str, Any]) -> list[list[str]]:
     """What the pass `low_rank` does at its defaults."""
-    rows = [["network", "runtime", "what it says"]]
+    rows = [["network", "runtime", "what it says", "loss, points", "fine-tuned"]]
     for key, entry in entries.items():
         part, _, rest = key.partition("/")
         if part == "low_rank":
             name, _, runtime = rest.partition("/")
-            rows.append([name, runtime, entry["details"]["remark"].partition(": ")[2]])
+            says = entry["details"]["remark"].partition(": ")[2]
+            losses = [entry.get(part) for part in ("alone", "tuned")]
+            cells = [interval(one["drop"]) if one else "-" for one in losses]
+            rows.append([name, runtime, says, *cells])
     return rows
 
 
