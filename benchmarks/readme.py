@@ -283,6 +283,7 @@ def main() -> None:
         "merges": reparam_tables.merges(entries("reparam")),
         "merged_int8": reparam_tables.int8(entries("reparam")),
         "worth": reparam_tables.worth(entries("reparam")),
+        "layernorm": reparam_tables.layernorm(entries("reparam")),
         "tune_mode": reparam_tables.tune_mode(entries("tune_mode")),
         "compiled": reparam_tables.compiled(entries("tune_mode")),
         "lowrank": reparam_tables.lowrank(entries("lowrank")),

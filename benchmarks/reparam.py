@@ -15,6 +15,8 @@ sessions.
 worth: pairs of branches whose merging adds multiply-accumulates and saves tensors, in ONNX Runtime
 and OpenVINO: how many for each element that is no longer written are still faster, which is what
 `compress.reparam.offers.KERNEL_WORTH` assumes.
+layernorm: timm's transformers with random weights, their LayerNorm replaced by BatchNorm and folded
+after a training that is too short to mean anything: what is found, and what it saves.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import HERE, Results, shared_module, torchvision_models
+from benchmarks.common import HERE, Results, shared_module, smooth_images, torchvision_models
 from benchmarks.reparam_networks import OURS, TRAINED, Branches, randomise, rescale, train
 from compress.data import Data, load_data
 from compress.export import run_torch, to_onnx
@@ -48,7 +50,8 @@ from compress.sessions import measure_sessions
 from targets.cpu import CPU
 
 TIMM = {"repvgg_a0": "1x3x224x224", "mobileone_s0": "1x3x224x224", "fastvit_t8": "1x3x256x256"}
-PARTS = ("structure", "accuracy", "latency", "worth")
+PARTS = ("structure", "accuracy", "latency", "worth", "layernorm")
+TRANSFORMERS = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
 PAIRS = {
     "depthwise 3x3 and 3x3": ((3, 3, 1), (3, 3, 1)),
     "depthwise 3x3 and 3x3 dilated 2": ((3, 3, 1), (3, 3, 2)),
@@ -185,6 +188,27 @@ def worth(name: str, seconds: float) -> dict[str, Any]:
     return {"inputs": found}
 
 
+def layernorm(name: str, seconds: float) -> dict[str, Any]:
+    """What `layernorm_to_batchnorm` finds, and the time of both networks."""
+    torchvision_models()
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model(name, pretrained=False, num_classes=10).eval()
+    target = CPU(threads=1)
+    original = to_onnx(load(net, inputs=["1x3x224x224"]), target.capabilities.opset)
+    data = load_data(smooth_images(24, 224), original.inputs)
+    runtime = create_target("onnxruntime", threads=1)
+    context = Context(target=runtime, original=original, training=data)
+    step = create_pass("layernorm_to_batchnorm", steps=2, batch=8)
+    done = steps(original, [step], context)
+    details = done.history[-1].details
+    return {
+        **{k: details[k] for k in ("applied", "folded", "left", "remark")},
+        **timed(original, done, "onnxruntime", seconds),
+    }
+
+
 def rows(exported: Model, context: Context, per_channel: bool) -> dict[str, Model]:
     """int8 before and after merging, without and with shared scales."""
     made = {}
@@ -268,11 +292,12 @@ def main() -> None:
         "accuracy": partial(accuracy, epochs=given.epochs, images=given.images),
         "latency": partial(latency, seconds=given.seconds),
         "worth": partial(worth, seconds=given.seconds),
+        "layernorm": partial(layernorm, seconds=given.seconds),
     }
     names = [
         f"{part}: {name}"
         for part in given.parts
-        for name in (PAIRS if part == "worth" else given.only)
+        for name in {"worth": PAIRS, "layernorm": TRANSFORMERS}.get(part, given.only)
         if part != "accuracy" or name in TRAINED
     ]
     if "accuracy" in given.parts and "repvgg" in given.only:
@@ -298,6 +323,9 @@ def summary(key: str, entry: dict[str, Any]) -> str:
             f"{entry['max_relative_error']:.1e}, MACs {now / was:.2f}x, operators "
             f"{entry['operators'][0]} -> {entry['operators'][1]}"
         )
+    if key.startswith("layernorm"):
+        ratio = entry["ratios"]["merged"]["value"]
+        return f"{key}: {entry['applied']} replaced, {entry['folded']}, {ratio:.2f} times as fast"
     if key.startswith("latency"):
         return f"{key}: {entry['ratios']['merged']['value']:.2f} times as fast"
     if key.startswith("worth"):

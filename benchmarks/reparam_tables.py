@@ -51,6 +51,17 @@ def worth(entries: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def layernorm(entries: Mapping[str, Any]) -> list[list[str]]:
+    """Transformers with BatchNorm in place of LayerNorm."""
+    rows = [["network", "replaced", "folded into the next layer", "speed-up in ORT"]]
+    for key, entry in entries.items():
+        part, _, name = key.partition(": ")
+        if part == "layernorm":
+            folded = str(entry["folded"].get("next", 0))
+            rows.append([name, str(entry["applied"]), folded, ratio(entry["ratios"]["merged"])])
+    return rows
+
+
 def tune_mode(entries: Mapping[str, Any]) -> list[list[str]]:
     """What is kept for the backward pass, time of a step, and how far losses are apart."""
     rows = [
