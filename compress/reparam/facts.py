@@ -46,12 +46,11 @@ def is_suspicious(facts: Mapping[str, Any]) -> bool:
 def remarks(details: Mapping[str, Any], target: str) -> list[str]:
     """Sentences for the report; `target` names where latency was measured."""
     merged, suspicious = details["merged"], details["suspicious"]
-    was, now = details["macs"]
+    macs, parameters = (_fewer(*details[what]) for what in ("macs", "parameters"))
     texts = [
         f"{sum(one['operators'][0] for one in merged.values())} operators of branches and chains "
-        f"were merged into {len(merged)} layers: {100 * (1 - now / max(was, 1)):.3g} % fewer "
-        f"multiply-accumulates, outputs equal to {details['max_relative_difference']:.1g} of the "
-        f"largest."
+        f"were merged into {len(merged)} layers: {macs} multiply-accumulates, {parameters} "
+        f"parameters, outputs equal to {details['max_relative_difference']:.1g} of the largest."
     ]
     if "latency" in details:
         before, after = (details["latency"]["timings"][name] for name in ("before", "after"))
@@ -75,6 +74,11 @@ def remarks(details: Mapping[str, Any], target: str) -> list[str]:
             )
         ]
     return texts
+
+
+def _fewer(before: int, after: int) -> str:
+    share = 100 * (1 - after / max(before, 1))
+    return f"{abs(share):.3g} % {'fewer' if share >= 0 else 'more'}"
 
 
 def keep_statistics(offer: Offer, name: str, statistics: Statistics) -> None:

@@ -521,6 +521,7 @@ def test_latency_is_measured_before_and_after(onnx_model: Build) -> None:
     assert all(timing["p50_ms"] > 0 for timing in found["timings"].values())
     assert f"{found['ratios']['after']['value']:.2f}x" in step_remarks(done)[0]
     assert "On onnxruntime" in step_remarks(done)[0]
+    assert "10 % fewer multiply-accumulates, 10 % fewer parameters" in step_remarks(done)[0]
     unmeasured, *_ = applied(branches(onnx_model))
     assert "latency" not in details(unmeasured)
     assert " ms before" not in step_remarks(unmeasured)[0]
