@@ -289,6 +289,7 @@ def main() -> None:
         "lowrank": reparam_tables.lowrank(entries("lowrank")),
         "picked": reparam_tables.picked(entries("lowrank")),
         "activations": reparam_tables.activations(entries("activations")),
+        "inverted": reparam_tables.inverted(entries("activations")["inverted"]),
     }
     texts = {page: page.read_text() for page in PAGES}
     for name, rows in tables.items():

@@ -165,6 +165,16 @@ def activations(entries: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def inverted(entry: Mapping[str, Any]) -> list[list[str]]:
+    """The pass on a network of inverted bottlenecks."""
+    details, macs = entry["details"], entry["macs"]
+    layers = sum(len(one["layers"]) for one in details["merged"].values())
+    merged = f"{layers} into {len(details['merged'])}"
+    row = [str(details["applied"]), merged, f"{macs[1] / macs[0]:.2f}x", ratio(details["speedup"])]
+    heads = ["activations removed", "layers merged", "MACs", "speed-up in ORT", "loss, points"]
+    return [heads, [*row, interval(entry["drop"])]]
+
+
 def ratio(found: Mapping[str, float]) -> str:
     """A speed-up with its interval."""
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
