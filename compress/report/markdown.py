@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.report import Candidate, Report
+from compress.report.steps import step_lines
 from compress.report.table import (
     COLUMNS,
     DEVICES,
@@ -82,8 +83,7 @@ def markdown(report: Report) -> str:
     lines += _sites(report)
     lines += ["", "## Steps", ""]
     for step in report.steps:
-        notes = ", ".join(f"{k} {v}" for k, v in step["details"].items() if _is_short(v))
-        lines.append(f"1. `{step['name']}`" + (f": {notes}" if notes else ""))
+        lines += step_lines(step)
     lines += ["", "## Where and how", ""]
     machine = report.machine
     facts = {
@@ -165,7 +165,3 @@ def _sites(report: Report) -> list[str]:
     lines = [f"Multiply-accumulates that {negated} in int8, and why:", ""]
     rows = [(r["name"], r["op_type"], f"{r['macs'] / total:.2%}", r["reason"]) for r in left]
     return lines + table(("site", "operator", "share of MACs", "reason"), rows)
-
-
-def _is_short(value: object) -> bool:
-    return isinstance(value, (str, int, float, bool))

@@ -24,6 +24,7 @@ from compress.recipe import Recipe, default_passes
 from compress.reference import reference_session, run
 from compress.registry import create_pass, create_target
 from compress.reparam import MergeBranches, merge
+from compress.report.steps import step_lines
 from compress.rewrites import output_statistics
 from compress.settings import Settings, choose_passes
 from compress.target import Engine
@@ -525,6 +526,18 @@ def test_latency_is_measured_before_and_after(onnx_model: Build) -> None:
     unmeasured, *_ = applied(branches(onnx_model))
     assert "latency" not in details(unmeasured)
     assert " ms before" not in step_remarks(unmeasured)[0]
+
+
+def test_the_report_names_what_was_merged_and_what_was_left(onnx_model: Build) -> None:
+    done, *_ = applied(branches(onnx_model))
+    (name,) = details(done)["merged"]
+    lines = step_lines(step_facts(done.history[-1]))
+    assert lines[0].startswith("1. `merge_branches`: max_relative_difference")
+    assert lines[1].startswith(f"   - `{name}` from 3 operators: multiply-accumulates 1")
+    text = f"g ({IN}) => ({OUT}) {{[a] h = {CONV}(x, w) [b] y = {CONV}(h, v)}}"
+    left, *_ = applied(onnx_model(text, w=(4, 4, 3, 3), v=(4, 4, 3, 3)))
+    (line,) = step_lines(step_facts(left.history[-1]))[1:]
+    assert line.startswith("   - left alone: `b`: "), line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
