@@ -1,7 +1,7 @@
 """Activations removed and their layers merged: what it costs in accuracy, what it buys in time.
 
     python -m benchmarks.activations --part accuracy   # half an hour on an idle core
-    python -m benchmarks.activations --part latency    # some minutes; a quiet machine
+    python -m benchmarks.activations --part latency    # a quiet machine; an hour with its training
 
 Accuracy: ResNet-20 on CIFAR-10 with the activations of the 1, 2 and 3 least sensitive blocks made
 linear and their layers merged, faster or not: right away, and after a short fine-tuning in which
@@ -9,7 +9,7 @@ their slopes go to one, with the original as teacher. Latency: the same networks
 one thread, batch 1, interleaved with the original; then every run of layers that could be one,
 alone, in ResNet-20 and MobileNetV2; what `remove_activations` itself does there at its defaults;
 and what it does to a network of inverted bottlenecks (`benchmarks.reparam_networks`), which get
-faster as one layer each.
+faster as one layer each and which is trained first.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Results, shared_module
+from benchmarks.common import run_training_parts, shared_module
 from benchmarks.reparam import trained
 from compress.data import Data, load_data
 from compress.export import to_onnx
@@ -274,23 +272,7 @@ def latency_table(key: str, entry: Mapping[str, Any]) -> Table:
 
 def main() -> None:
     """Run what is not in the results yet, then print all of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", default="all", choices=("accuracy", "latency", "all"))
-    parser.add_argument("--only", nargs="*", help="names of entries")
-    parser.add_argument("--images", type=int, default=2000, help="CIFAR test images")
-    parser.add_argument("--train-images", type=int, default=5000, help="for fine-tuning")
-    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
-    parser.add_argument("--batch", type=int, default=64, help="images of one step")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each timed network")
-    parser.add_argument("--results", type=Path, default=None, help="folder for activations.json")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    names = ("images", "train_images", "steps", "batch", "seconds")
-    settings = {name: getattr(arguments, name) for name in names}
-    results = Results("activations", settings, arguments.results)
-    wanted = arguments.only or keys(arguments.part)
-    results.run(wanted, lambda key, _: run_one(key, arguments))
-    show(results.document["entries"], keys("all"), Console(width=150))
+    run_training_parts("activations", __doc__, 300, keys, run_one, show)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from compress.machine import fingerprint, this_machine, versions
 
@@ -83,6 +86,42 @@ class Results:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.document, indent=1) + "\n")
         temporary.replace(self.path)
+
+
+def run_training_parts(
+    name: str,
+    about: str | None,
+    steps: int,
+    keys: Callable[[str], list[str]],
+    run_one: Callable[[str, argparse.Namespace], dict[str, Any]],
+    show: Callable[[Mapping[str, Any], Sequence[str], Console], None],
+) -> None:
+    """The command of a benchmark with a part that trains and one that is timed.
+
+    Args:
+        name: of the results.
+        about: its help.
+        steps: of fine-tuning, where nothing else is asked for.
+        keys: names of the entries of "accuracy", "latency" or "all".
+        run_one: makes one entry.
+        show: prints those that are there, in this order.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--part", default="all", choices=("accuracy", "latency", "all"))
+    parser.add_argument("--only", nargs="*", help="names of entries")
+    parser.add_argument("--images", type=int, default=2000, help="CIFAR test images")
+    parser.add_argument("--train-images", type=int, default=5000, help="for fine-tuning")
+    parser.add_argument("--steps", type=int, default=steps, help="of fine-tuning")
+    parser.add_argument("--batch", type=int, default=64, help="images of one step")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each timed network")
+    parser.add_argument("--results", type=Path, default=None, help="folder for the JSON file")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    names = ("images", "train_images", "steps", "batch", "seconds")
+    results = Results(name, {n: getattr(arguments, n) for n in names}, arguments.results)
+    wanted = arguments.only or keys(arguments.part)
+    results.run(wanted, lambda key, _: run_one(key, arguments))
+    show(results.document["entries"], keys("all"), Console(width=150))
 
 
 def _command() -> str:

@@ -20,17 +20,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Results, shared_module, torchvision_models
+from benchmarks.common import run_training_parts, shared_module, torchvision_models
 from compress.data import load_data
 from compress.export import to_onnx
 from compress.graph import graph_sites
@@ -294,28 +292,7 @@ def show(entries: Mapping[str, Any], order: Sequence[str], console: Console) -> 
 
 def main() -> None:
     """Run what is not in the results yet, then print all of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", default="all", choices=("accuracy", "latency", "all"))
-    parser.add_argument("--only", nargs="*", help="names of entries")
-    parser.add_argument("--images", type=int, default=2000, help="CIFAR test images")
-    parser.add_argument("--train-images", type=int, default=5000, help="for fine-tuning")
-    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning")
-    parser.add_argument("--batch", type=int, default=64, help="images of one step")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each timed setting")
-    parser.add_argument("--results", type=Path, default=None, help="folder for lowrank.json")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    settings = {
-        "images": arguments.images,
-        "train_images": arguments.train_images,
-        "steps": arguments.steps,
-        "batch": arguments.batch,
-        "seconds": arguments.seconds,
-    }
-    results = Results("lowrank", settings, arguments.results)
-    wanted = arguments.only or keys(arguments.part)
-    results.run(wanted, lambda key, _: run_one(key, arguments))
-    show(results.document["entries"], keys("all"), Console(width=150))
+    run_training_parts("lowrank", __doc__, 200, keys, run_one, show)
 
 
 if __name__ == "__main__":

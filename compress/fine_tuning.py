@@ -37,8 +37,8 @@ TEACHER = "teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning:
-    """Options of a pass that trains a float network towards its original.
+class TrainingOptions:
+    """Options of a pass that trains a network towards its float original.
 
     Attributes:
         epochs: passes over the training data.
@@ -85,6 +85,11 @@ class FineTuning:
                 f"{model.name} cannot be trained: axis 0 of its inputs is not the batch "
                 f"({', '.join(map(str, model.inputs))}). Leave out {self.name}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(TrainingOptions):
+    """A pass that trains a float network; options are those of `TrainingOptions`."""
 
     def taught(
         self,

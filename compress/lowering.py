@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from compress.errors import EngineError
 from compress.export import to_onnx
+from compress.fine_tuning import TEACHER
 from compress.loading import to_torch
 from compress.model import Model
 from compress.passes import Compressing, Context, Pass, Placing, Refining, is_left_out
@@ -79,11 +80,12 @@ class Lowered:
 def export(original: Model, passes: Sequence[Pass], context: Context) -> tuple[Model, Model]:
     """The exported original, and the model after every torch pass, exported too."""
     opset = context.target.capabilities.opset
+    exported = to_onnx(original, opset, context.progress, context.calibration)
+    context.memo[TEACHER] = exported
     model = original
     for step in passes:
         if step.stage == "torch":
             model = step.apply(_torch_copy(model) if model is original else model, context)
-    exported = to_onnx(original, opset, context.progress, context.calibration)
     return exported, exported if model is original else to_onnx(model, opset, context.progress)
 
 

@@ -11,16 +11,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compress.columns import whole_inputs
 from compress.data import Batch
-from compress.errors import UnsupportedError, UsageError
+from compress.fine_tuning import TrainingOptions
 from compress.model import Model
 from compress.passes import Context
 from compress.reference import reference_session, run
 from compress.rewrites import STATISTICS, listed, output_statistics, with_constants
-from compress.target import Target
 from compress.teaching import (
-    Augment,
     Lesson,
     Teaching,
     batch_and_parts,
@@ -39,7 +36,7 @@ SMALLEST_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class QAT:
+class QAT(TrainingOptions):
     """Train weights, BatchNorm and scales of a quantized network in its simulation.
 
     Learned step sizes (LSQ: Esser et al. 2020, arXiv 1902.08153), BatchNorm as in
@@ -48,62 +45,26 @@ class QAT:
     The formats, the zero points and what is quantized stay.
 
     Attributes:
-        epochs: passes over the training data.
-        steps: updates, in place of epochs.
-        batch: samples for one update.
         learning_rate: largest rate of weights and BatchNorm (Adam, warm-up, half a cosine).
         scale_learning_rate: the same of the logarithm of scales.
         scales: of weights: "lsq" are learned, "minmax" follow the largest weight.
         freeze_at: share of the training after which BatchNorm has running statistics.
-        temperature: of the softmax that is distilled.
-        alpha: weight of the distillation beside the labels' cross entropy.
-        augment: "flip" mirrors half of the images.
-        seconds: of training at most.
     """
 
-    epochs: float = 1.0
-    steps: int | None = None
-    batch: int = 64
-    learning_rate: float = 3e-4
     scale_learning_rate: float = 1e-3
     scales: Scales = "lsq"
     freeze_at: float = 0.6
-    temperature: float = 4.0
-    alpha: float = 0.9
-    augment: Augment = "none"
-    seconds: float | None = None
 
     name: ClassVar[str] = "qat"
     stage: ClassVar[Literal["onnx"]] = "onnx"
     refines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        above_zero = ("epochs", "batch", "learning_rate", "scale_learning_rate", "temperature")
-        for option in above_zero:
-            self._check(option, getattr(self, option) > 0, "above 0")
-        self._check("steps", self.steps is None or self.steps > 0, "above 0")
-        self._check("seconds", self.seconds is None or self.seconds > 0, "above 0")
+        super().__post_init__()
+        self._check("scale_learning_rate", self.scale_learning_rate > 0, "above 0")
         self._check("freeze_at", 0 <= self.freeze_at <= 1, "within 0 and 1")
-        self._check("alpha", 0 <= self.alpha <= 1, "within 0 and 1")
-        for option, kind in (("scales", Scales), ("augment", Augment)):
-            allowed = get_args(kind)
-            self._check(option, getattr(self, option) in allowed, f"one of {', '.join(allowed)}")
-
-    def _check(self, option: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise UsageError(f"{self.name}: {option} is {getattr(self, option)!r}, not {rule}.")
-
-    def check(self, model: Model, target: Target) -> None:
-        """Refuse a model without a batch axis.
-
-        Raises:
-            UnsupportedError: batches cannot be formed.
-        """
-        if whole_inputs(model.inputs):
-            raise UnsupportedError(
-                f"{model.name} cannot be trained: axis 0 of its inputs is not the batch "
-                f"({', '.join(map(str, model.inputs))}). Leave out {self.name}."
-            )
+        kinds = get_args(Scales)
+        self._check("scales", self.scales in kinds, f"one of {', '.join(kinds)}")
 
     def apply(self, model: Model, context: Context) -> Model:
         """The same placement with trained weights and scales; details say what training gained.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from compress.errors import ExportError
-from compress.fine_tuning import FineTuning, teacher_of
+from compress.fine_tuning import teacher_of
 from compress.latency import Comparison
-from compress.model import Model, Step
+from compress.model import Model
 from compress.passes import Context
 from compress.reference import reference_session, run
 from compress.reparam.activations_graph import (
@@ -22,7 +22,7 @@ from compress.reparam.activations_graph import (
 )
 from compress.reparam.activations_search import Changes, Tried, choose, judge, time_segments
 from compress.reparam.affine import NotMergeableError
-from compress.reparam.measuring import compare, require_timing
+from compress.reparam.measuring import TimedFineTuning, compare
 from compress.rewrites import STATISTICS, check_equal, listed, output_statistics, with_constants
 from compress.target import Target
 
@@ -32,7 +32,7 @@ CONFIRM_SHARE = 1 / 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoveActivations(FineTuning):
+class RemoveActivations(TimedFineTuning):
     """Merge layers in a row after fine-tuning away the activations between them.
 
     VanillaNet's deep training (Chen et al. 2023, arXiv 2305.12972, section 3.1) for a network that
@@ -47,8 +47,7 @@ class RemoveActivations(FineTuning):
     An activation behind a skip connection stays. Fold BatchNorm before this pass.
 
     Attributes:
-        share: of the network's activations that may be removed.
-        count: of activations at most, in place of `share`.
+        share: of the network's activations that may be removed; `count` of them takes its place.
         max_sensitivity: of one merged layer.
         borders: a padded layer behind another is not one with it where the first has a bias or a
             window. "move" pads in front of the first from the beginning of the training, which
@@ -58,10 +57,8 @@ class RemoveActivations(FineTuning):
     """
 
     share: float = 0.25
-    count: int | None = None
     max_sensitivity: float = 1.0
     borders: Borders = "move"
-    anneal: float = 0.5
     search_seconds: float = 30.0
 
     name: ClassVar[str] = "remove_activations"
@@ -69,21 +66,8 @@ class RemoveActivations(FineTuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("share", 0 < self.share <= 1, "above 0 and at most 1")
-        self._check("count", self.count is None or self.count > 0, "above 0")
         self._check("max_sensitivity", self.max_sensitivity > 0, "above 0")
         self._check("borders", self.borders in get_args(Borders), "one of move, keep")
-        self._check("anneal", 0 < self.anneal <= 1, "above 0 and at most 1")
-        self._check("search_seconds", self.search_seconds > 0, "above 0")
-
-    def check(self, model: Model, target: Target) -> None:
-        """Refuse what cannot be trained, and a target on which nothing can be timed here.
-
-        Raises:
-            UnsupportedError: it says which.
-        """
-        super().check(model, target)
-        require_timing(self.name, target)
 
     def apply(self, model: Model, context: Context) -> Model:
         """The network with fewer layers, or as it was; details tell what was tried.
@@ -106,7 +90,8 @@ class RemoveActivations(FineTuning):
         if any(one.faster for one in tried):
             seen = context.calibration if context.calibration is not None else data
             judge(model, tried, Changes(model, seen), move)
-        chosen = choose(tried, self._most(model), self.max_sensitivity)
+        activations = sum(map(is_activation, model.graph_model.graph))
+        chosen = choose(tried, self.most(activations), self.max_sensitivity)
         details["tried"] = [one.row() for one in tried]
         details["not_timed"] = len(segments) - len(tried)
         if not chosen:
@@ -178,14 +163,6 @@ class RemoveActivations(FineTuning):
         )
         return self._done(merged, details)
 
-    def _most(self, model: Model) -> int:
-        """Activations that may be removed."""
-        total = sum(map(is_activation, model.graph_model.graph))
-        return self.count or max(1, round(self.share * total))
-
-    def _where(self, target: Target) -> str:
-        return f"{self.name} on {target.name}"
-
     def _nothing(self, tried: Sequence[Tried], target: Target) -> str:
         start = f"{self._where(target)}: nothing is applied."
         if not tried:
@@ -204,6 +181,3 @@ class RemoveActivations(FineTuning):
             f"{start} None of {len(tried)} merged layers is faster; the closest is "
             f"{best.segment} with {best.before_us:.1f} us before and {best.after_us:.1f} us after."
         )
-
-    def _done(self, model: Model, details: dict[str, Any]) -> Model:
-        return model.evolve(model.graph_model, Step(self.name, dataclasses.asdict(self), details))

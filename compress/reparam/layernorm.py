@@ -12,21 +12,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from compress.data import Data
-from compress.fine_tuning import FineTuning, teacher_of
+from compress.fine_tuning import teacher_of
 from compress.latency import Comparison
-from compress.model import Model, Step
+from compress.model import Model
 from compress.passes import Context
 from compress.reference import largest_difference, largest_magnitude, reference_session, run
 from compress.reparam.activations_search import BATCH, SAMPLES, Changes
 from compress.reparam.layernorm_graph import Norm, find_norms, without_norms
 from compress.reparam.lowrank_errors import fitting_batch
-from compress.reparam.measuring import compare, require_timing
+from compress.reparam.measuring import TimedFineTuning, compare
 from compress.rewrites import RELATIVE_TOLERANCE, with_constants
-from compress.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerNormToBatchNorm(FineTuning):
+class LayerNormToBatchNorm(TimedFineTuning):
     """Replace LayerNorm by BatchNorm in a fine-tuning, and fold it into the layers around it.
 
     PRepBN of SLAB (Guo et al. 2024, arXiv 2405.11582, section 3.1): the share of LayerNorm falls
@@ -39,36 +38,11 @@ class LayerNormToBatchNorm(FineTuning):
     The network without its LayerNorms is timed first; where it is not faster on the target,
     nothing is trained.
 
-    Attributes:
-        share: of the LayerNorms that are replaced, those first that change the outputs least.
-        count: of LayerNorms, in place of `share`.
-        anneal: share of the training in which LayerNorm goes.
-        search_seconds: to time the network.
+    Options are those of `TimedFineTuning`: its parts are the LayerNorms.
     """
-
-    share: float = 1.0
-    count: int | None = None
-    anneal: float = 0.5
-    search_seconds: float = 10.0
 
     name: ClassVar[str] = "layernorm_to_batchnorm"
     stage: ClassVar[Literal["onnx"]] = "onnx"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("share", 0 < self.share <= 1, "above 0 and at most 1")
-        self._check("count", self.count is None or self.count > 0, "above 0")
-        self._check("anneal", 0 < self.anneal <= 1, "above 0 and at most 1")
-        self._check("search_seconds", self.search_seconds > 0, "above 0")
-
-    def check(self, model: Model, target: Target) -> None:
-        """Refuse what cannot be trained, and a target on which nothing can be timed here.
-
-        Raises:
-            UnsupportedError: it says which.
-        """
-        super().check(model, target)
-        require_timing(self.name, target)
 
     def apply(self, model: Model, context: Context) -> Model:
         """The network without these LayerNorms, or as it was; details tell why.
@@ -97,8 +71,7 @@ class LayerNormToBatchNorm(FineTuning):
         maps = {name: fit.map for name, fit in fits.items()}
         changes = Changes(model, seen)
         loss = {n.name: changes(without_norms(model, {n.name: maps[n.name]})[0]) for n in norms}
-        most = self.count or max(1, round(self.share * len(norms)))
-        chosen = sorted(norms, key=lambda norm: loss[norm.name])[:most]
+        chosen = sorted(norms, key=lambda norm: loss[norm.name])[: self.most(len(norms))]
         made, places = without_norms(model, {norm.name: maps[norm.name] for norm in chosen})
         measured = compare(context.target, model, made, self.search_seconds, context.seed)
         details["speedup"] = dataclasses.asdict(measured.ratios["after"])
@@ -173,10 +146,7 @@ class LayerNormToBatchNorm(FineTuning):
         return self._done(made, details)
 
     def _nothing(self, context: Context) -> str:
-        return f"{self.name} on {context.target.name}: nothing is applied."
-
-    def _done(self, model: Model, details: dict[str, Any]) -> Model:
-        return model.evolve(model.graph_model, Step(self.name, dataclasses.asdict(self), details))
+        return f"{self._where(context.target)}: nothing is applied."
 
 
 def _batches(model: Model, data: Data) -> list[dict[str, np.ndarray]]:

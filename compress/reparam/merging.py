@@ -27,6 +27,7 @@ from compress.reparam.facts import (
     totals,
 )
 from compress.reparam.frames import hide_frames, show_frames
+from compress.reparam.lowrank_errors import fitting_batch
 from compress.reparam.measuring import can_time, compare
 from compress.reparam.offers import Market, Offer, Profit, affine_map
 from compress.reparam.reading import (
@@ -161,7 +162,7 @@ class MergeBranches:
 
 
 def merge(model: Any, profit: Profit = "auto", **how: Any) -> Model:
-    """Merge the branches of any model that `compress.loading.load` takes.
+    """Merge the branches of any model that `compress.loading.load` takes; ONNX Runtime times it.
 
     Args:
         model: a file, a torch module, an ONNX model or a `Model`.
@@ -277,8 +278,7 @@ def _difference(before: Model, model: Model, data: Data | None) -> float:
     """
     batches = [model.example()]
     if data is not None:
-        fixed = next((spec.concrete()[0] for spec in model.inputs if spec.shape), 1)
-        size = BATCH if model.dynamic_batch else fixed
+        size = BATCH if model.dynamic_batch else fitting_batch(model)
         found = next(iter(data.take(size).batches(size)))
         batches += [dict(found.inputs)] if model.dynamic_batch or len(found) == size else []
     sessions = [reference_session(one.graph_model) for one in (before, model)]

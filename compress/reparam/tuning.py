@@ -68,10 +68,11 @@ class FineTune(FineTuning):
         import torch
 
         super().check(model, target)
-        fixed = (torch.fx.GraphModule, torch.jit.ScriptModule)
-        if model.stage == "torch" and isinstance(model.program, fixed):
+        program = model.program
+        fixed = isinstance(program, torch.jit.ScriptModule) or "train" in vars(program)
+        if model.stage == "torch" and fixed:  # torch.export puts a `train` that refuses there
             raise UnsupportedError(
-                f"{model.name} is a captured graph ({type(model.program).__name__}), whose "
+                f"{model.name} is a captured graph ({type(program).__name__}), whose "
                 f"BatchNorm and dropout are those of inference for good. Give the network itself "
                 f"(--model MODULE:FACTORY and its weights), or use the pass `recover`."
             )
